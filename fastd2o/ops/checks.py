@@ -1,0 +1,98 @@
+"""The door: every public operator checks its input here, once.
+
+Shapes, dtypes, devices and options are checked before anything runs. Whether every target lies in the vocabulary
+depends on the data, so the operators ask :func:`select_counted` when they run: that also works inside a compiled graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``hidden [..., D]``, ``weight [V, D]`` and ``bias [V]`` agree, are floating point and live on one device."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}: expected float64, float32, bfloat16 or float16")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}: move them to one device")
+    if hidden.dim() < 1:
+        raise ValueError("hidden is a scalar: expected shape [..., D]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}: expected [V, D], the weight of an nn.Linear")
+    if hidden.shape[-1] != weight.shape[1]:
+        hint = ", or is weight transposed?" if hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"hidden has {hidden.shape[-1]} features but weight {list(weight.shape)} expects {weight.shape[1]}: "
+            f"pass hidden [..., D] and weight [V, D] with the same D{hint}"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight has shape {list(weight.shape)}: the vocabulary and the hidden size must not be empty")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}: expected [V] = [{weight.shape[0]}]")
+
+
+def check_target(name: str, target: Tensor, hidden: Tensor) -> None:
+    """``target`` holds int64 ids, one for each of ``hidden``'s vectors, on the same device."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {target.dtype}: expected int64 token ids. Fix: {name}.long()")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {list(target.shape)} but hidden has {list(hidden.shape)}: expected one {name} for each "
+            f"hidden vector, {list(hidden.shape[:-1])}"
+        )
+    if target.device != hidden.device:
+        raise ValueError(f"{name} is on {target.device} but hidden is on {hidden.device}: move them to one device")
+
+
+def check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    """The scalars of the logit transform are finite, and positive where they must be."""
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale={logit_scale} must be a finite number")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap} must be a positive number, or None for no softcap")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature} must be a positive number")
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """There are k candidates besides the negative token itself."""
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    if k >= vocab_size:
+        raise ValueError(
+            f"k={k} candidates cannot exclude the negative token from a vocabulary of {vocab_size}: expected k < V, "
+            f"at most {vocab_size - 1}"
+        )
+
+
+def select_counted(target_T: Tensor, vocab_size: int, ignore_index: int) -> Tensor | None:
+    """The rows whose target counts, ``[C]`` int64, or None when that is all of them. One wait for the device at the
+    most.
+
+    Raises:
+        ValueError: a target outside ``[0, V)`` that is not ``ignore_index``; the message names the first.
+    """
+    counted = target_T != ignore_index
+    outside = counted & ((target_T < 0) | (target_T >= vocab_size))
+    number, wrong = torch.stack([counted.sum(), outside.sum()]).tolist()
+    if wrong:
+        position = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target holds {int(target_T[position])} at flat position {position} ({wrong} such in all): expected ids "
+            f"in [0, {vocab_size}), or ignore_index={ignore_index} for positions to leave out"
+        )
+    if number == len(target_T):
+        return None
+    return counted.nonzero().squeeze(1)

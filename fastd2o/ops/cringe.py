@@ -1,0 +1,239 @@
+"""``linear_cringe``: the CRINGE loss of negative tokens straight from hidden states and the head's weight."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastd2o.ops import engine
+from fastd2o.ops.backends import resolve
+from fastd2o.ops.checks import check_head, check_k, check_target, check_transform, select_counted
+from fastd2o.ops.logprob import (
+    check_differentiated_once,
+    empty_gradients,
+    gather_rows,
+    pack_gradients,
+    plan_call,
+    scatter_rows,
+    without_autocast,
+)
+from fastd2o.ops.philox import uniform
+from fastd2o.ops.plan import Plan
+from fastd2o.ops.tile_ops import LogitTransform
+
+
+class CringeOutput(NamedTuple):
+    """Result of :func:`linear_cringe`; all have target's shape.
+
+    Attributes:
+        loss: ``softplus(s⁻ - s⁺)`` per token, differentiable; 0.0 where ignored or where no alternative is finite.
+        positive: int64, the drawn positive token; -1 where ignored or where there was none to draw.
+        logprob: log p(negative token), nats, without a gradient: :func:`fastd2o.linear_logprob` gives it with one.
+    """
+
+    loss: Tensor
+    positive: Tensor
+    logprob: Tensor
+
+
+def linear_cringe(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    k: int = 5,
+    detach_positive: bool = False,
+    seed: int | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    plan: Plan | None = None,
+) -> CringeOutput:
+    """Contrast every negative token with one of the k most likely alternatives (Adolphs et al., ACL 2023, arXiv
+    2211.05826, Eq. 1-5):
+
+        candidates = the k largest logits of the token's position, the negative token itself left out
+        positive   ~ softmax over the candidates' logits, one draw per token
+        loss_t     = -log[ exp(s⁺) / (exp(s⁺) + exp(s⁻)) ] = softplus(s⁻ - s⁺)
+
+    Only two logits per token carry a gradient, so the backward touches two rows of the weight per token: one pass over
+    the vocabulary in all, 2 T·D·V operations.
+
+    Args:
+        hidden: ``[..., D]``.
+        weight: ``[V, D]``.
+        target: ``[...]`` int64, the negative tokens, or ``ignore_index``.
+        k: candidates, ``1 <= k < V``.
+        detach_positive: take no gradient through s⁺.
+        seed: of the draws, 64 bits: token i (flat position in ``target``) draws from Philox at counter i, so the draw
+            does not depend on chunking or backend. None takes a fresh seed from torch's default generator.
+        bias, logit_scale, softcap, temperature, ignore_index, backend, plan: as in :func:`fastd2o.linear_logprob`.
+
+    Returns:
+        :class:`CringeOutput`; float32, or float64 when the products are.
+
+    Raises:
+        TypeError, ValueError: input that does not fit; the message names the argument and the fix.
+    """
+    check_head(hidden, weight, bias)
+    check_target("target", target, hidden)
+    check_transform(logit_scale, softcap, temperature)
+    check_k(k, weight.shape[0])
+    chosen = plan_call(hidden, weight, bias, plan, sparse_backward=True)
+    # On the CPU whatever the device, so that reading it there waits for nothing.
+    seed_tensor = torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(_as_int64(seed))
+    loss, _, _, logodds, positive = torch.ops.fastd2o.cringe(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        seed_tensor,
+        k,
+        detach_positive,
+        float(logit_scale),
+        softcap,
+        float(temperature),
+        ignore_index,
+        chosen.block_tokens,
+        chosen.block_vocab,
+        chosen.dtype,
+        resolve(backend),
+    )
+    logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(logodds.view(target.shape)))
+    return CringeOutput(loss.view(target.shape), positive.view(target.shape), logprob)
+
+
+def _as_int64(seed: int) -> int:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} does not fit into 64 bits")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+@torch.library.custom_op("fastd2o::cringe", mutates_args=())
+def _cringe_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    seed: Tensor,
+    k: int,
+    detach_positive: bool,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    block_tokens: int,
+    block_vocab: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, both logits, log-odds of the negative, positive column."""
+    head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
+    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
+    rows, total = select_counted(target, weight.shape[0], ignore_index), len(target)
+    position = torch.arange(total, device=target.device)
+    with without_autocast(hidden.device):
+        result = engine.cringe_forward(
+            gather_rows(hidden, rows).to(dtype),
+            head,
+            gather_rows(target, rows),
+            uniform(int(seed), gather_rows(position, rows)).to(tiling.sum_dtype),
+            k,
+            tiling,
+        )
+    loss = torch.where(result.positive < 0, 0.0, F.softplus(result.negative_logit - result.positive_logit))
+    return (
+        scatter_rows(loss, rows, total),
+        scatter_rows(result.negative_logit, rows, total),
+        scatter_rows(result.positive_logit, rows, total),
+        scatter_rows(result.logodds, rows, total),
+        scatter_rows(result.positive, rows, total, fill=-1),
+    )
+
+
+@_cringe_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, dtype, _ = options
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return *(hidden.new_empty(target.shape, dtype=sums) for _ in range(4)), target.new_empty(target.shape)
+
+
+@torch.library.custom_op("fastd2o::cringe_backward", mutates_args=())
+def _cringe_backward_op(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    positive: Tensor,
+    negative_logit: Tensor,
+    positive_logit: Tensor,
+    detach_positive: bool,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    block_tokens: int,
+    block_vocab: int,
+    dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; those not needed are empty."""
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    rows = ((positive >= 0) & (grad_loss != 0)).nonzero().squeeze(1)
+    s_negative, s_positive = negative_logit[rows], positive_logit[rows]
+    coef = grad_loss[rows] * (s_negative - s_positive).sigmoid() * transform.slope
+
+    def through_bend(sign: float, logit: Tensor) -> Tensor:
+        bend = transform.bend(logit)
+        return sign * coef if bend is None else sign * coef * bend
+
+    with without_autocast(hidden.device):
+        gradients = engine.cringe_backward(
+            through_bend(1.0, s_negative),
+            through_bend(0.0 if detach_positive else -1.0, s_positive),
+            hidden[rows],
+            engine.Head(weight, bias, transform),
+            target[rows],
+            positive[rows],
+            engine.Tiling(block_tokens, block_vocab, dtype, backend),
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    return pack_gradients(gradients, hidden, rows)
+
+
+@_cringe_backward_op.register_fake
+def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(hidden, weight, bias, options[-3:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, _, _, detach_positive, *scalars, _, block_tokens, block_vocab, dtype, backend = inputs
+    _, negative_logit, positive_logit, _, positive = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.options = (detach_positive, *scalars, block_tokens, block_vocab, dtype, backend)
+    ctx.save_for_backward(hidden, weight, bias, target, positive, negative_logit, positive_logit)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    check_differentiated_once()
+    no_gradient = (None,) * 12
+    if grad_loss is None:
+        return (None, None, None, *no_gradient)
+    need = ctx.needs_input_grad[:3]
+    gradients = torch.ops.fastd2o.cringe_backward(grad_loss, *ctx.saved_tensors, *ctx.options, *need)
+    return (*(g if n else None for g, n in zip(gradients, need, strict=True)), *no_gradient)
+
+
+_cringe_op.register_autograd(_backward, setup_context=_setup_context)

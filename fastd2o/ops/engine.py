@@ -1,0 +1,368 @@
+"""The engine: walks the ``[tokens, vocabulary]`` plane in tiles, multiplying with the vendor's library and handing each
+tile to a :class:`~fastd2o.ops.tile_ops.TileOps` while it is in cache. No tensor as large as ``[tokens, vocabulary]``
+ever exists.
+
+Shapes: T tokens that count, D hidden, V vocabulary, N columns of one slab of the vocabulary.
+
+What is differentiated is the *log-odds* of the target, ``m_t = z_y - logsumexp_{v != y} z_v``, because its gradient is
+the same ``onehot - softmax`` row as everything else needs, with no cancellation at probability 1:
+
+    dm/dz = onehot - softmax over the others,     log p = logsigmoid(m),     log(1 - p) = logsigmoid(-m)
+
+Every function takes only tokens that count: the caller has already dropped the ignored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastd2o.ops.backends import tile_ops
+from fastd2o.ops.plan import tile_dtype
+from fastd2o.ops.tile_ops import FoldState, LogitTransform, TileOps, TopKState
+
+# Bytes of the gathered rows that are summed at once in the sparse weight gradient.
+_GATHER_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer and how its logits become ``z``."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    transform: LogitTransform
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.weight_VD.shape[0]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one call is cut up and computed: tile shape, dtype of the products, backend of the tile operations."""
+
+    block_tokens: int
+    block_vocab: int
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of softmax, sums and results: float32, or float64 when the products are."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def ops(self, head: Head) -> TileOps:
+        """A fresh TileOps for one call."""
+        return tile_ops(self.backend, head.transform, self.sum_dtype)
+
+    def tile(self, tokens: int, head: Head) -> Tensor:
+        """Memory for one tile of logits."""
+        elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
+        device = head.weight_VD.device
+        return torch.empty(elements, dtype=tile_dtype(self.dtype, device.type), device=device)
+
+
+class Statistics(NamedTuple):
+    """Per token, all ``[T]``: entropy ``lse - sum p z`` in nats, the most likely column, the mean of the finite
+    logits."""
+
+    entropy: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+
+
+class LogoddsResult(NamedTuple):
+    """What the forward leaves, per token: log-odds and ``logsumexp`` of the other columns ``[T]``; the gradient of the
+    log-odds with respect to ``hidden``, ``[T, D]``, where it was asked for; statistics where asked for."""
+
+    logodds: Tensor
+    lse_others: Tensor
+    unit_TD: Tensor | None
+    statistics: Statistics | None
+
+
+class CringeResult(NamedTuple):
+    """Per token, all ``[T]``: the drawn positive column (-1 where there is none) and the logits of the negative and of
+    it."""
+
+    positive: Tensor
+    negative_logit: Tensor
+    positive_logit: Tensor
+    logodds: Tensor
+
+
+def logodds_forward(
+    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, *, unit: bool, statistics: bool
+) -> LogoddsResult:
+    """Log-odds of every target in one pass over the vocabulary: 2 T·D·V operations, 4 with ``unit``.
+
+    With ``unit`` the pass also forms ``g_t = dm_t/dh_t = slope_y W[y] - sum_v softmax_v slope_v W[v]``, sums being
+    rescaled whenever a slab raises the running maximum. A backward is then ``c_t g_t``.
+    """
+    tokens, hidden_size = hidden_TD.shape
+    state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype, statistics)
+    unit_TD = hidden_TD.new_empty((tokens, hidden_size), dtype=tiling.sum_dtype) if unit else None
+    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
+    for rows in _blocks(tokens, tiling.block_tokens):
+        block = _rows_of(state, rows)
+        mean_weight_TD: Tensor | None = None
+        target_T1 = target_T[rows].unsqueeze(1)
+        for slab in _slabs(head, tiling):
+            logits_TN = _logits(hidden_TD[rows], slab, memory)
+            if unit_TD is None:
+                ops.fold(logits_TN, target_T1, slab.start, block)
+                continue
+            weights_TN = (
+                logits_TN if logits_TN.dtype == tiling.dtype else torch.empty_like(logits_TN, dtype=tiling.dtype)
+            )
+            rescale_T1 = ops.fold(logits_TN, target_T1, slab.start, block, weights_TN)
+            if mean_weight_TD is None:
+                mean_weight_TD = unit_TD[rows].zero_()
+            else:
+                mean_weight_TD.mul_(rescale_T1)
+            _add_product(mean_weight_TD, weights_TN, slab.weight_ND)
+        if mean_weight_TD is not None:
+            _finish_unit_(mean_weight_TD, block, head, target_T[rows])
+    lse_others = state.lse_others
+    logodds = state.target_logit - lse_others
+    return LogoddsResult(
+        logodds.squeeze(1),
+        lse_others.squeeze(1),
+        unit_TD,
+        _statistics(state, target_T, head.vocab_size) if statistics else None,
+    )
+
+
+def logodds_backward(
+    coef_T: Tensor,
+    hidden_TD: Tensor,
+    head: Head,
+    target_T: Tensor,
+    lse_others_T: Tensor,
+    tiling: Tiling,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum_t coef_t m_t`` with respect to hidden, weight and bias; logits are formed again, 2 T·D·V each.
+
+    Slabs of the vocabulary outside, all tokens inside: a slab's weight gradient is finished in one sweep, summed in
+    float32 and written once, with no float32 copy of ``[V, D]``.
+    """
+    tokens, hidden_size = hidden_TD.shape
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    dhidden_TD = hidden_TD.new_zeros((tokens, hidden_size), dtype=tiling.sum_dtype) if need_hidden else None
+    dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+    dbias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
+    coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
+    # float16 has no room for a scaled loss's coefficients, nor for the products of small ones: bring the largest to 1.
+    unscale = (
+        coef_T1.abs().amax().clamp_min(torch.finfo(tiling.sum_dtype).tiny) if tiling.dtype == torch.float16 else None
+    )
+    if unscale is not None:
+        coef_T1 = coef_T1 / unscale
+    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
+    several = tokens > tiling.block_tokens
+    for slab in _slabs(head, tiling):
+        columns = slice(slab.start, slab.start + slab.weight_ND.shape[0])
+        # One product is summed in float32 as it is; several need somewhere to be.
+        dweight_ND = (
+            hidden_TD.new_zeros(slab.weight_ND.shape, dtype=tiling.sum_dtype)
+            if several and dweight_VD is not None
+            else None
+        )
+        dbias_N = hidden_TD.new_zeros(slab.weight_ND.shape[0], dtype=tiling.sum_dtype) if dbias_V is not None else None
+        for rows in _blocks(tokens, tiling.block_tokens):
+            block_TD = hidden_TD[rows]
+            logits_TN = _logits(block_TD, slab, memory)
+            grad_TN = logits_TN if logits_TN.dtype == tiling.dtype else torch.empty_like(logits_TN, dtype=tiling.dtype)
+            ops.grad(
+                logits_TN,
+                target_T[rows].unsqueeze(1),
+                slab.start,
+                lse_others_T[rows].unsqueeze(1),
+                coef_T1[rows],
+                grad_TN,
+            )
+            if dhidden_TD is not None:
+                _add_product(dhidden_TD[rows], grad_TN, slab.weight_ND)
+            if dweight_ND is not None:
+                _add_product(dweight_ND, grad_TN.t(), block_TD)
+            elif dweight_VD is not None:
+                dweight_ND = _product(grad_TN.t(), block_TD, tiling.sum_dtype)
+            if dbias_N is not None:
+                dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
+        if dweight_VD is not None and dweight_ND is not None:
+            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND * unscale
+        if dbias_V is not None and dbias_N is not None:
+            dbias_V[columns] = dbias_N if unscale is None else dbias_N * unscale
+    if dhidden_TD is not None and unscale is not None:
+        dhidden_TD *= unscale
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+def cringe_forward(
+    hidden_TD: Tensor, head: Head, target_T: Tensor, draw_T: Tensor, k: int, tiling: Tiling
+) -> CringeResult:
+    """One pass for CRINGE: log-odds of the negative token and a draw among the k largest other logits; 2 T·D·V
+    operations.
+
+    Args:
+        draw_T: one uniform number in [0, 1) per token, which picks from the softmax of the k survivors by inverse
+            distribution, largest first, equal logits by column.
+    """
+    tokens = hidden_TD.shape[0]
+    state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype)
+    top = TopKState.empty(tokens, k, hidden_TD, tiling.sum_dtype)
+    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
+    for rows in _blocks(tokens, tiling.block_tokens):
+        block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
+        target_T1 = target_T[rows].unsqueeze(1)
+        for slab in _slabs(head, tiling):
+            logits_TN = _logits(hidden_TD[rows], slab, memory)
+            ops.fold(logits_TN, target_T1, slab.start, block)
+            ops.topk(logits_TN, target_T1, slab.start, block_top)
+
+    index, by_column = top.index.sort(dim=1)
+    values, by_value = top.values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
+    index = index.gather(1, by_value)
+    some = values[:, :1] > -torch.inf
+    probabilities = torch.where(some, values, 0.0).softmax(1)
+    below = probabilities.cumsum(1)[:, :-1] <= draw_T.unsqueeze(1)
+    # Rounding may leave the last step just under 1; a column at -inf has no probability and is never the one picked.
+    choice = below.sum(1, keepdim=True).minimum((values > -torch.inf).sum(1, keepdim=True) - 1).clamp_min(0)
+    return CringeResult(
+        positive=torch.where(some, index.gather(1, choice), -1).squeeze(1),
+        negative_logit=state.target_logit.squeeze(1),
+        positive_logit=values.gather(1, choice).squeeze(1),
+        logodds=(state.target_logit - state.lse_others).squeeze(1),
+    )
+
+
+def cringe_backward(
+    negative_T: Tensor,
+    positive_T: Tensor,
+    hidden_TD: Tensor,
+    head: Head,
+    target_T: Tensor,
+    positive_column_T: Tensor,
+    tiling: Tiling,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``sum_t (negative_t u_t[y_t] + positive_t u_t[positive column])``: two rows of the weight per token,
+    O(T·D).
+
+    ``positive_column_T`` must be a valid column; where there was none, ``positive_t`` is 0.
+    """
+    weight_VD, bias_V = head.weight_VD, head.bias_V
+    dhidden_TD = dweight_VD = dbias_V = None
+    if need_hidden:
+        dhidden_TD = negative_T.unsqueeze(1) * weight_VD.index_select(0, target_T).to(tiling.sum_dtype)
+        dhidden_TD.addcmul_(positive_T.unsqueeze(1), weight_VD.index_select(0, positive_column_T).to(tiling.sum_dtype))
+    if need_weight or need_bias:
+        column_E, order_E = torch.cat([target_T, positive_column_T]).sort(stable=True)
+        coef_E = torch.cat([negative_T, positive_T])[order_E]
+        touched, counts = column_E.unique_consecutive(return_counts=True)
+        if need_bias and bias_V is not None:
+            dbias_V = torch.zeros_like(bias_V)
+            dbias_V[touched] = torch.segment_reduce(coef_E, "sum", lengths=counts).to(bias_V.dtype)
+        if need_weight:
+            dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format)
+            token_E = order_E % len(target_T)
+            step = max(1, _GATHER_BYTES // (len(coef_E) * tiling.sum_dtype.itemsize))
+            for dims in _blocks(hidden_TD.shape[1], step):
+                rows = hidden_TD[:, dims].to(tiling.sum_dtype)[token_E].mul_(coef_E.unsqueeze(1))
+                dweight_VD[touched, dims] = torch.segment_reduce(rows, "sum", lengths=counts).to(weight_VD.dtype)
+    return dhidden_TD, dweight_VD, dbias_V
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """N consecutive columns of the vocabulary, in the dtype of the products."""
+
+    start: int
+    weight_ND: Tensor
+    bias_N: Tensor | None
+
+
+def _slabs(head: Head, tiling: Tiling) -> Iterator[_Slab]:
+    for columns in _blocks(head.vocab_size, tiling.block_vocab):
+        bias_N = None if head.bias_V is None else head.bias_V[columns].to(tiling.dtype)
+        yield _Slab(columns.start, head.weight_VD[columns].to(tiling.dtype), bias_N)
+
+
+def _blocks(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _rows_of(state: FoldState, rows: slice) -> FoldState:
+    """A view of some tokens' state: folding into it folds into ``state``."""
+    extra = state.statistics
+    if extra is not None:
+        extra = type(extra)(extra.weighted[rows], extra.argmax[rows], extra.total[rows], extra.finite[rows])
+    return FoldState(state.max[rows], state.sum[rows], state.target_logit[rows], extra)
+
+
+def _logits(hidden_TD: Tensor, slab: _Slab, memory: Tensor) -> Tensor:
+    """``hidden @ weight.T + bias`` of one tile, written into ``memory``."""
+    shape = (hidden_TD.shape[0], slab.weight_ND.shape[0])
+    out_TN = memory[: shape[0] * shape[1]].view(shape)
+    widen = {"out_dtype": out_TN.dtype} if out_TN.dtype != hidden_TD.dtype else {}
+    if slab.bias_N is None:
+        return torch.mm(hidden_TD, slab.weight_ND.t(), out=out_TN, **widen)
+    if widen:
+        return torch.mm(hidden_TD, slab.weight_ND.t(), out=out_TN, **widen).add_(slab.bias_N)
+    return torch.addmm(slab.bias_N, hidden_TD, slab.weight_ND.t(), out=out_TN)
+
+
+def _product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right``, in ``dtype`` where the vendor's library can deliver it and in the factors' own dtype where
+    not."""
+    if left_MK.dtype != dtype and tile_dtype(left_MK.dtype, left_MK.device.type) == dtype:
+        return torch.mm(left_MK, right_KN, out_dtype=dtype)
+    return torch.mm(left_MK, right_KN)
+
+
+def _add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """``sum += left @ right``, where ``sum`` may be wider than the factors."""
+    if sum_MN.dtype == left_MK.dtype:
+        sum_MN.addmm_(left_MK, right_KN)
+    else:
+        sum_MN.add_(_product(left_MK, right_KN, sum_MN.dtype))
+
+
+def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, head: Head, target_T: Tensor) -> None:
+    """Turn ``sum_v exp(z_v - max) bend_v W[v]`` in place into ``slope (bend_y W[y] - mean)``."""
+    # A token with no other finite logit has sum 0 and a mean of nothing.
+    mean_weight_TD.div_(torch.where(state.sum > 0, state.sum, 1.0).neg_())
+    target_TD = head.weight_VD.index_select(0, target_T).to(mean_weight_TD.dtype)
+    bend_T1 = head.transform.bend(state.target_logit)
+    mean_weight_TD.add_(target_TD if bend_T1 is None else target_TD.mul_(bend_T1))
+    if head.transform.slope != 1.0:
+        mean_weight_TD.mul_(head.transform.slope)
+
+
+def _statistics(state: FoldState, target_T: Tensor, vocab_size: int) -> Statistics:
+    extra = state.statistics
+    assert extra is not None
+    z_y, lse = state.target_logit, torch.logaddexp(state.target_logit, state.lse_others)
+    expected_others = extra.weighted * (state.max - lse).exp()
+    expected_target = torch.where(z_y == -torch.inf, 0.0, (z_y - lse).exp() * z_y)
+    target_T1 = target_T.unsqueeze(1)
+    target_first = (z_y > state.max) | ((z_y == state.max) & (target_T1 < extra.argmax))
+    return Statistics(
+        entropy=(lse - expected_others - expected_target).squeeze(1),
+        top1=torch.where(target_first, target_T1, extra.argmax).squeeze(1),
+        mean_logit=(extra.total / extra.finite.clamp_min(1.0)).squeeze(1),
+    )

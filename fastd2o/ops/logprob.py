@@ -1,0 +1,428 @@
+"""``linear_logprob`` and its kin: log-probabilities of given tokens from hidden states and the head's weight.
+
+Three layers: the public functions check their input and choose a plan; two ``torch.library`` operators carry the call
+through autograd, ``torch.compile`` and FakeTensor; the engine does the work on the tokens that count.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastd2o.ops import engine
+from fastd2o.ops.backends import resolve
+from fastd2o.ops.checks import check_head, check_target, check_transform, select_counted
+from fastd2o.ops.plan import Algorithm, Plan
+from fastd2o.ops.tile_ops import LogitTransform
+
+
+class LogprobOutput(NamedTuple):
+    """Result of :func:`linear_logprob` with ``stats=True``. All have target's shape; all but ``logprob`` carry no
+    gradient and are 0 where ignored.
+
+    Attributes:
+        logprob: log p(target), nats.
+        entropy: of the whole distribution, nats.
+        top1: int64, the most likely token.
+        mean_logit: mean of the (transformed) logits.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+
+
+class LogoddsOutput(NamedTuple):
+    """Result of :func:`linear_logodds` with ``stats=True``; see :class:`LogprobOutput`."""
+
+    logodds: Tensor
+    entropy: Tensor
+    top1: Tensor
+    mean_logit: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    plan: Plan | None = None,
+    stats: bool = False,
+) -> Tensor | LogprobOutput:
+    """Log-probability of every target under ``softmax(softcap(logit_scale * (hidden @ weight.T + bias)) /
+    temperature)``.
+
+    The ``[tokens, vocabulary]`` logits are never held: they are formed tile by tile, and only for the tokens that
+    count. Without a gradient this costs one pass over the vocabulary; with a frozen head two; with a trained head four,
+    logits being formed again in the backward (see :class:`~fastd2o.ops.plan.Plan`).
+
+    Args:
+        hidden: ``[..., D]``, float64, float32, bfloat16 or float16. Its dtype, or autocast's where that is on, is the
+            dtype of the matrix products.
+        weight: ``[V, D]``, of any of these dtypes: another dtype than hidden's is cast slab by slab, never whole.
+        target: ``[...]`` int64, each in ``[0, V)`` or ``ignore_index``.
+        bias: ``[V]``; -inf takes a column out of the softmax (padding of the vocabulary).
+        logit_scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        softcap: c of ``c * tanh(logits / c)`` (Gemma 2), or None.
+        temperature: divides the logits, last.
+        ignore_index: targets with this value are neither projected nor scored.
+        backend: "torch" | "cpu" | "triton" | "cuda", or None for the best that works (see :func:`fastd2o.backends`).
+        plan: overrides the engine's choice of algorithm and tile.
+        stats: also return entropy, most likely token and mean logit of every token, from the same pass.
+
+    Returns:
+        float32 ``[...]`` (float64 when the products are), 0.0 where ignored; differentiable once in hidden, weight and
+        bias. -inf for a target whose logit is -inf. With ``stats``, a :class:`LogprobOutput`.
+
+    Raises:
+        TypeError, ValueError: input that does not fit; the message names the argument and the fix.
+    """
+    result = _logodds(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend, plan, stats
+    )
+    logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(result[0]))
+    return LogprobOutput(logprob, *result[1:]) if stats else logprob
+
+
+def linear_logodds(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    plan: Plan | None = None,
+    stats: bool = False,
+) -> Tensor | LogoddsOutput:
+    """Log-odds of every target, ``m = log p - log(1 - p) = z_y - logsumexp_{v != y} z_v``; arguments as
+    :func:`linear_logprob`.
+
+    ``F.logsigmoid(m)`` is ``log p`` and ``F.logsigmoid(-m)`` is ``log(1 - p)``, both exact where the other rounds to 0:
+    what unlikelihood and odds-ratio losses need.
+
+    Returns:
+        float32 ``[...]`` (float64 when the products are), 0.0 where ignored; with ``stats``, a :class:`LogoddsOutput`.
+    """
+    result = _logodds(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend, plan, stats
+    )
+    return LogoddsOutput(*result) if stats else result[0]
+
+
+def sequence_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    shift: bool = True,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    """Log-probability of every sequence: the sum, or the mean, over its tokens that count.
+
+    Args:
+        hidden: ``[B, L, D]``.
+        weight: ``[V, D]``.
+        labels: ``[B, L]`` int64 in the Hugging Face convention: unshifted, ``ignore_index`` where masked.
+        reduction: "sum", or "mean" over the tokens that count.
+        shift: the hidden state at t predicts ``labels[:, t + 1]``; False when labels are already aligned with hidden.
+        ignore_index: as in :func:`linear_logprob`.
+        **options: ``bias, logit_scale, softcap, temperature, backend, plan`` of :func:`linear_logprob`.
+
+    Returns:
+        float32 ``[B]`` (float64 when the products are). A sequence with no token that counts gets 0.0: whether an empty
+        sequence makes sense is for the caller to decide.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r} is unknown: expected 'sum' or 'mean'")
+    if options.get("stats"):
+        raise TypeError("stats are per token: call linear_logprob for them")
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}: expected [B, L, D]")
+    check_target("labels", labels, hidden)
+    target = shift_labels(labels, ignore_index) if shift else labels
+    logprob = linear_logprob(hidden, weight, target, ignore_index=ignore_index, **options)
+    assert isinstance(logprob, Tensor)
+    total = logprob.sum(1)
+    if reduction == "sum":
+        return total
+    return total / (target != ignore_index).sum(1).clamp_min(1)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels ``[B, L]`` in the Hugging Face convention -> targets ``[B, L]``: what each position is to predict."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def plan_call(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan | None, *, sparse_backward: bool = False
+) -> Plan:
+    """The plan of a call on these tensors: what the user gave, if it can serve, or the engine's choice."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    algorithm: Algorithm = "forward"
+    if torch.is_grad_enabled() and not sparse_backward:
+        if trained:
+            algorithm = "recompute"
+        elif hidden.requires_grad:
+            algorithm = "unit"
+    if plan is None:
+        return Plan.choose(
+            tokens=hidden.numel() // hidden.shape[-1],
+            hidden_size=hidden.shape[-1],
+            vocab_size=weight.shape[0],
+            algorithm=algorithm,
+            dtype=dtype,
+            device=device,
+            cast_weight=weight.dtype != dtype,
+        )
+    if (algorithm != "forward" and plan.algorithm == "forward") or (
+        algorithm == "recompute" and plan.algorithm == "unit"
+    ):
+        raise ValueError(
+            f"plan.algorithm={plan.algorithm!r} cannot give the gradients this call needs: expected {algorithm!r}. "
+            f"Fix: Plan.choose(algorithm={algorithm!r}, ...), or plan=None"
+        )
+    if plan.dtype != dtype:
+        raise ValueError(
+            f"plan.dtype={plan.dtype} but this call computes in {dtype}. Fix: Plan.choose(dtype={dtype}, ...)"
+        )
+    return plan
+
+
+def _logodds(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str | None,
+    plan: Plan | None,
+    stats: bool,
+) -> tuple[Tensor, ...]:
+    check_head(hidden, weight, bias)
+    check_target("target", target, hidden)
+    check_transform(logit_scale, softcap, temperature)
+    chosen = plan_call(hidden, weight, bias, plan)
+    logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        float(logit_scale),
+        softcap,
+        float(temperature),
+        ignore_index,
+        chosen.algorithm,
+        chosen.block_tokens,
+        chosen.block_vocab,
+        chosen.dtype,
+        resolve(backend),
+        stats,
+    )
+    if not stats:
+        return (logodds.view(target.shape),)
+    return tuple(x.view(target.shape) for x in (logodds, entropy, top1, mean_logit))
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """The engine has chosen its dtypes; an autocast that is on around it must not choose again."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def gather_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows that count; None means all."""
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def scatter_rows(values: Tensor, rows: Tensor | None, total: int, fill: float = 0) -> Tensor:
+    """The inverse of :func:`gather_rows`: a tensor of ``total`` rows with ``fill`` where nothing was gathered."""
+    if rows is None:
+        return values
+    out = values.new_full((total, *values.shape[1:]), fill)
+    return out.index_copy_(0, rows, values)
+
+
+@torch.library.custom_op("fastd2o::logodds", mutates_args=())
+def _logodds_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    algorithm: str,
+    block_tokens: int,
+    block_vocab: int,
+    dtype: torch.dtype,
+    backend: str,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit; what was not asked for is empty."""
+    head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
+    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
+    rows, total = select_counted(target, weight.shape[0], ignore_index), len(target)
+    with without_autocast(hidden.device):
+        result = engine.logodds_forward(
+            gather_rows(hidden, rows).to(dtype),
+            head,
+            gather_rows(target, rows),
+            tiling,
+            unit=algorithm == "unit",
+            statistics=stats,
+        )
+
+    def scattered(values: Tensor | None) -> Tensor:
+        return hidden.new_empty(0, dtype=tiling.sum_dtype) if values is None else scatter_rows(values, rows, total)
+
+    entropy, top1, mean_logit = result.statistics or (None, None, None)
+    return (
+        scattered(result.logodds),
+        scattered(result.lse_others),
+        scattered(result.unit_TD),
+        scattered(entropy),
+        hidden.new_empty(0, dtype=torch.int64) if top1 is None else scattered(top1),
+        scattered(mean_logit),
+    )
+
+
+@_logodds_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, algorithm, _, _, dtype, _, stats = options
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
+        return hidden.new_empty(target.shape if wanted else (0,), dtype=kind)
+
+    unit = hidden.new_empty(hidden.shape if algorithm == "unit" else (0,), dtype=sums)
+    return column(), column(), unit, column(stats), column(stats, torch.int64), column(stats)
+
+
+@torch.library.custom_op("fastd2o::logodds_backward", mutates_args=())
+def _logodds_backward_op(
+    coef: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse_others: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    block_tokens: int,
+    block_vocab: int,
+    dtype: torch.dtype,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias for ``coef = dL/dm``; those not needed are empty."""
+    # A coefficient of exactly 0 has no gradient to form, whether the token is ignored or the loss is flat there.
+    rows: Tensor | None = coef.nonzero().squeeze(1)
+    if rows is not None and len(rows) == len(target):
+        rows = None
+    with without_autocast(hidden.device):
+        gradients = engine.logodds_backward(
+            gather_rows(coef, rows),
+            gather_rows(hidden, rows).to(dtype),
+            engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
+            gather_rows(target, rows),
+            gather_rows(lse_others, rows),
+            engine.Tiling(block_tokens, block_vocab, dtype, backend),
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    return pack_gradients(gradients, hidden, rows)
+
+
+def pack_gradients(
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], hidden: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns: hidden's gradient spread over all rows, and an empty tensor for each None (an
+    operator has no way to return None)."""
+    dhidden, dweight, dbias = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    if gradients[0] is not None:
+        dhidden = scatter_rows(dhidden.to(hidden.dtype), rows, hidden.shape[0])
+    return dhidden, dweight, dbias
+
+
+@_logodds_backward_op.register_fake
+def _(coef: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(hidden, weight, bias, options[-3:])
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of what needs one, and empty tensors for the rest: what a fake backward returns."""
+    tensors = (hidden, weight, hidden if bias is None else bias)
+    grads = [t.new_empty(t.shape) if needed else hidden.new_empty(0) for t, needed in zip(tensors, need, strict=True)]
+    return grads[0], grads[1], grads[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, *scalars, ignore_index, algorithm, block_tokens, block_vocab, dtype, backend, _ = (
+        inputs
+    )
+    _, lse_others, unit, *_ = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.algorithm, ctx.ignore_index, ctx.hidden_dtype = algorithm, ignore_index, hidden.dtype
+    ctx.options = (*scalars, block_tokens, block_vocab, dtype, backend)
+    # With a frozen head the unit gradient replaces hidden: neither it nor the weight is needed again.
+    if algorithm == "unit":
+        ctx.save_for_backward(target, unit)
+    else:
+        ctx.save_for_backward(target, hidden, weight, bias, lse_others)
+
+
+def check_differentiated_once() -> None:
+    """Inside a backward, gradients are recorded only when a second derivative is wanted: refuse instead of leaving
+    terms out."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fastd2o operators are differentiable once: a second derivative through them (create_graph=True) is not available"
+        )
+
+
+def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    check_differentiated_once()
+    no_gradient = (None,) * 10
+    if grad_logodds is None:
+        return (None, None, None, None, *no_gradient)
+    target, *saved = ctx.saved_tensors
+    # What an ignored token's 0.0 is multiplied with downstream must not matter, not even if that is NaN.
+    coef = torch.where(target == ctx.ignore_index, 0.0, grad_logodds)
+    if ctx.algorithm == "unit":
+        (unit,) = saved
+        return ((unit * coef.unsqueeze(1)).to(ctx.hidden_dtype), None, None, None, *no_gradient)
+    hidden, weight, bias, lse_others = saved
+    need = ctx.needs_input_grad[:3]
+    gradients = torch.ops.fastd2o.logodds_backward(coef, hidden, weight, bias, target, lse_others, *ctx.options, *need)
+    return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, *no_gradient)
+
+
+_logodds_op.register_autograd(_backward, setup_context=_setup_context)
