@@ -1,6 +1,7 @@
 """FastD2O: train language models from what they should not say.
 
-Everything public is a name of this module. Only torch is needed to import it; what needs Transformers is imported on first use.
+Everything public is a name of this module. Only torch is needed to import it; what needs Transformers is imported on
+first use.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.startswith("fastd2o"):
             raise
         raise ModuleNotFoundError(
-            f"fastd2o.{name} needs the package {error.name!r}, which is not installed. Fix: pip install 'fastd2o[train]'",
+            f"fastd2o.{name} needs {error.name!r}, which is not installed. Fix: pip install 'fastd2o[train]'",
             name=error.name,
         ) from error
     return getattr(module, name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 
 class FastD2OError(RuntimeError):
-    """A run cannot go on: a folder in use, a model that cannot be served, a loss that became NaN. The message names the fix."""
+    """A run cannot go on: a folder in use, a model that cannot be served, a loss that became NaN. Its message says how
+    to mend that."""
 
 
 class DataError(ValueError):

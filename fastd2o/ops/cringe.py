@@ -187,24 +187,18 @@ def _cringe_backward_op(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not needed are empty."""
-    transform = LogitTransform(logit_scale, softcap, temperature)
+    # A token without a positive has coefficient 0 and none to point at.
     rows = ((positive >= 0) & (grad_loss != 0)).nonzero().squeeze(1)
-    s_negative, s_positive = negative_logit[rows], positive_logit[rows]
-    coef = grad_loss[rows] * (s_negative - s_positive).sigmoid() * transform.slope
-
-    def through_bend(sign: float, logit: Tensor) -> Tensor:
-        bend = transform.bend(logit)
-        return sign * coef if bend is None else sign * coef * bend
-
+    coef = grad_loss[rows] * (negative_logit[rows] - positive_logit[rows]).sigmoid()
     with without_autocast(hidden.device):
         gradients = engine.cringe_backward(
-            through_bend(1.0, s_negative),
-            through_bend(0.0 if detach_positive else -1.0, s_positive),
-            hidden[rows],
-            engine.Head(weight, bias, transform),
+            coef,
+            hidden[rows].to(dtype),
+            engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
             target[rows],
             positive[rows],
             engine.Tiling(block_tokens, block_vocab, dtype, backend),
+            detach_positive=detach_positive,
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,

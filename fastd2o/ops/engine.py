@@ -128,7 +128,7 @@ def logodds_forward(
                 mean_weight_TD.mul_(rescale_T1)
             _add_product(mean_weight_TD, weights_TN, slab.weight_ND)
         if mean_weight_TD is not None:
-            _finish_unit_(mean_weight_TD, block, head, target_T[rows])
+            _finish_unit_(mean_weight_TD, block, hidden_TD[rows], head, target_T[rows])
     lse_others = state.lse_others
     logodds = state.target_logit - lse_others
     return LogoddsResult(
@@ -162,11 +162,12 @@ def logodds_backward(
     dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
     coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
-    # float16 has no room for a scaled loss's coefficients, nor for the products of small ones: bring the largest to 1.
-    unscale = (
-        coef_T1.abs().amax().clamp_min(torch.finfo(tiling.sum_dtype).tiny) if tiling.dtype == torch.float16 else None
-    )
-    if unscale is not None:
+    unscale: Tensor | None = None
+    if tiling.dtype == torch.float16:
+        # float16 has no room for a scaled loss's coefficients, nor for the products of small ones. Bring the largest to
+        # just under 1, by a power of two, which rounds nothing.
+        largest = coef_T1.abs().amax().clamp_min(torch.finfo(tiling.sum_dtype).tiny)
+        unscale = largest.frexp().exponent.to(tiling.sum_dtype).exp2()
         coef_T1 = coef_T1 / unscale
     ops, memory = tiling.ops(head), tiling.tile(tokens, head)
     several = tokens > tiling.block_tokens
@@ -200,7 +201,7 @@ def logodds_backward(
             if dbias_N is not None:
                 dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
         if dweight_VD is not None and dweight_ND is not None:
-            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND * unscale
+            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND.to(tiling.sum_dtype) * unscale
         if dbias_V is not None and dbias_N is not None:
             dbias_V[columns] = dbias_N if unscale is None else dbias_N * unscale
     if dhidden_TD is not None and unscale is not None:
@@ -247,42 +248,53 @@ def cringe_forward(
 
 
 def cringe_backward(
-    negative_T: Tensor,
-    positive_T: Tensor,
+    coef_T: Tensor,
     hidden_TD: Tensor,
     head: Head,
     target_T: Tensor,
-    positive_column_T: Tensor,
+    positive_T: Tensor,
     tiling: Tiling,
     *,
+    detach_positive: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum_t (negative_t u_t[y_t] + positive_t u_t[positive column])``: two rows of the weight per token,
-    O(T·D).
-
-    ``positive_column_T`` must be a valid column; where there was none, ``positive_t`` is 0.
-    """
+    """Gradients of ``sum_t coef_t (z_t[target_t] - z_t[positive_t])``: two rows of the weight per token, O(T·D)."""
     weight_VD, bias_V = head.weight_VD, head.bias_V
-    dhidden_TD = dweight_VD = dbias_V = None
-    if need_hidden:
-        dhidden_TD = negative_T.unsqueeze(1) * weight_VD.index_select(0, target_T).to(tiling.sum_dtype)
-        dhidden_TD.addcmul_(positive_T.unsqueeze(1), weight_VD.index_select(0, positive_column_T).to(tiling.sum_dtype))
+    columns, coefs, dhidden_TD = [], [], None
+    for column_T, sign in ((target_T, 1.0), (positive_T, -1.0)):
+        if detach_positive and sign < 0:
+            continue
+        column = _Columns.of(head, column_T, hidden_TD)
+        coef_T1 = (sign * head.transform.slope * coef_T).unsqueeze(1)
+        if column.bend_T1 is not None:
+            coef_T1 = coef_T1 * column.bend_T1
+        columns.append(column_T)
+        coefs.append(coef_T1)
+        if need_hidden:
+            product_TD = column.weight_TD.mul_(coef_T1)
+            dhidden_TD = product_TD if dhidden_TD is None else dhidden_TD.add_(product_TD)
+    dweight_VD = dbias_V = None
     if need_weight or need_bias:
-        column_E, order_E = torch.cat([target_T, positive_column_T]).sort(stable=True)
-        coef_E = torch.cat([negative_T, positive_T])[order_E]
+        # E edges from tokens to columns, sorted by column: a segmented sum gives the same bits on every run, which
+        # adding atomically would not.
+        column_E, order_E = torch.cat(columns).sort(stable=True)
+        coef_E1, token_E = torch.cat(coefs)[order_E], order_E % max(1, len(target_T))
         touched, counts = column_E.unique_consecutive(return_counts=True)
+
+        def add_into(gradient: Tensor, rows_E: Tensor) -> None:
+            if len(counts):  # segment_reduce refuses to sum nothing
+                gradient[touched] = torch.segment_reduce(rows_E, "sum", lengths=counts).to(gradient.dtype)
+
         if need_bias and bias_V is not None:
             dbias_V = torch.zeros_like(bias_V)
-            dbias_V[touched] = torch.segment_reduce(coef_E, "sum", lengths=counts).to(bias_V.dtype)
+            add_into(dbias_V, coef_E1.squeeze(1))
         if need_weight:
             dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format)
-            token_E = order_E % len(target_T)
-            step = max(1, _GATHER_BYTES // (len(coef_E) * tiling.sum_dtype.itemsize))
+            step = max(1, _GATHER_BYTES // (max(1, len(column_E)) * tiling.sum_dtype.itemsize))
             for dims in _blocks(hidden_TD.shape[1], step):
-                rows = hidden_TD[:, dims].to(tiling.sum_dtype)[token_E].mul_(coef_E.unsqueeze(1))
-                dweight_VD[touched, dims] = torch.segment_reduce(rows, "sum", lengths=counts).to(weight_VD.dtype)
+                add_into(dweight_VD[:, dims], hidden_TD[:, dims].to(tiling.sum_dtype)[token_E].mul_(coef_E1))
     return dhidden_TD, dweight_VD, dbias_V
 
 
@@ -342,15 +354,34 @@ def _add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
         sum_MN.add_(_product(left_MK, right_KN, sum_MN.dtype))
 
 
-def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, head: Head, target_T: Tensor) -> None:
+def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, hidden_TD: Tensor, head: Head, target_T: Tensor) -> None:
     """Turn ``sum_v exp(z_v - max) bend_v W[v]`` in place into ``slope (bend_y W[y] - mean)``."""
     # A token with no other finite logit has sum 0 and a mean of nothing.
     mean_weight_TD.div_(torch.where(state.sum > 0, state.sum, 1.0).neg_())
-    target_TD = head.weight_VD.index_select(0, target_T).to(mean_weight_TD.dtype)
-    bend_T1 = head.transform.bend(state.target_logit)
-    mean_weight_TD.add_(target_TD if bend_T1 is None else target_TD.mul_(bend_T1))
+    column = _Columns.of(head, target_T, hidden_TD)
+    mean_weight_TD.add_(column.weight_TD if column.bend_T1 is None else column.weight_TD * column.bend_T1)
     if head.transform.slope != 1.0:
         mean_weight_TD.mul_(head.transform.slope)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """One column of the head per token, as the products see it but in the dtype of sums, and the softcap's slope."""
+
+    weight_TD: Tensor
+    bend_T1: Tensor | None
+
+    @classmethod
+    def of(cls, head: Head, column_T: Tensor, hidden_TD: Tensor) -> _Columns:
+        dtype = hidden_TD.dtype
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        weight_TD = head.weight_VD.index_select(0, column_T).to(dtype).to(sums)
+        if head.transform.softcap is None:
+            return cls(weight_TD, None)
+        raw_T1 = (hidden_TD * weight_TD).sum(1, keepdim=True)
+        if head.bias_V is not None:
+            raw_T1 += head.bias_V.index_select(0, column_T).to(dtype).unsqueeze(1)
+        return cls(weight_TD, head.transform.bend(raw_T1))
 
 
 def _statistics(state: FoldState, target_T: Tensor, vocab_size: int) -> Statistics:

@@ -6,7 +6,7 @@ through autograd, ``torch.compile`` and FakeTensor; the engine does the work on 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,40 @@ class LogoddsOutput(NamedTuple):
     entropy: Tensor
     top1: Tensor
     mean_logit: Tensor
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    backend: str | None = ...,
+    plan: Plan | None = ...,
+    stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    backend: str | None = ...,
+    plan: Plan | None = ...,
+    stats: Literal[True],
+) -> LogprobOutput: ...
 
 
 def linear_logprob(
@@ -92,6 +126,40 @@ def linear_logprob(
     )
     logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(result[0]))
     return LogprobOutput(logprob, *result[1:]) if stats else logprob
+
+
+@overload
+def linear_logodds(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    backend: str | None = ...,
+    plan: Plan | None = ...,
+    stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_logodds(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    logit_scale: float = ...,
+    softcap: float | None = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    backend: str | None = ...,
+    plan: Plan | None = ...,
+    stats: Literal[True],
+) -> LogoddsOutput: ...
 
 
 def linear_logodds(
@@ -156,9 +224,7 @@ def sequence_logprob(
         raise ValueError(f"hidden has shape {list(hidden.shape)}: expected [B, L, D]")
     check_target("labels", labels, hidden)
     target = shift_labels(labels, ignore_index) if shift else labels
-    logprob = linear_logprob(hidden, weight, target, ignore_index=ignore_index, **options)
-    assert isinstance(logprob, Tensor)
-    total = logprob.sum(1)
+    total = linear_logprob(hidden, weight, target, ignore_index=ignore_index, **options).sum(1)
     if reduction == "sum":
         return total
     return total / (target != ignore_index).sum(1).clamp_min(1)
@@ -404,7 +470,7 @@ def check_differentiated_once() -> None:
     terms out."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "fastd2o operators are differentiable once: a second derivative through them (create_graph=True) is not available"
+            "fastd2o operators are differentiable once: there is no second derivative through them (create_graph=True)"
         )
 
 

@@ -32,11 +32,14 @@ class LogitTransform:
         """``dz/du`` where no softcap bends it; with a softcap, the constant factor of ``slope * (1 - tanh^2)``."""
         return self.logit_scale / self.temperature
 
-    def bend(self, z: Tensor) -> Tensor | None:
-        """The factor ``1 - tanh^2`` of ``dz/du`` at logits ``z``, or None where it is 1 everywhere."""
+    def bend(self, raw: Tensor) -> Tensor | None:
+        """The factor ``1 - tanh^2`` of ``dz/du`` at raw logits ``u``, or None where it is 1 everywhere.
+
+        Formed as ``1 / cosh^2``: from ``z`` it would cancel where the softcap saturates.
+        """
         if self.softcap is None:
             return None
-        return 1.0 - (z * (self.temperature / self.softcap)).square()
+        return (raw * (self.logit_scale / self.softcap)).cosh_().square_().reciprocal_()
 
 
 @dataclass

@@ -44,7 +44,7 @@ class TorchTileOps:
         rescale_T1 = torch.empty_like(state.max)
         for band in self._bands(logits_TN):
             z = self._transformed(logits_TN[band])
-            bend = self.transform.bend(z) if weights_TN is not None else None
+            bend = self.transform.bend(logits_TN[band].to(self.dtype)) if weights_TN is not None else None
             column, inside = _locate(target_T1[band], vocab_start, z.shape[1])
             target_logit = z.gather(1, column)
             state.target_logit[band] = torch.where(inside, target_logit, state.target_logit[band])
@@ -88,7 +88,7 @@ class TorchTileOps:
         shift_T1 = torch.where(lse_others_T1 == -torch.inf, 0.0, lse_others_T1)
         for band in self._bands(logits_TN):
             z = self._transformed(logits_TN[band])
-            bend = self.transform.bend(z)
+            bend = self.transform.bend(logits_TN[band].to(self.dtype))
             coef = coef_T1[band]
             gradient = z.sub_(shift_T1[band]).exp_().mul_(-coef)
             column, inside = _locate(target_T1[band], vocab_start, gradient.shape[1])

@@ -1,0 +1,109 @@
+"""The operators as ``torch.library`` citizens: opcheck, torch.compile without a graph break, FakeTensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastd2o
+
+
+def tensors(trained: bool, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 8, generator=generator).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).requires_grad_(trained)
+    target = torch.randint(50, (9,), generator=generator)
+    target[2] = -100
+    return hidden, weight, torch.randn(50, generator=generator).requires_grad_(trained) if bias else None, target
+
+
+@pytest.mark.parametrize("algorithm", ["recompute", "unit", "forward"])
+@pytest.mark.parametrize("options", [(1.0, None, 1.0), (0.5, 30.0, 2.0)])
+def test_opcheck_logodds(algorithm: str, options: tuple[Any, ...]) -> None:
+    inputs = tensors(trained=algorithm == "recompute")
+    if algorithm == "forward":
+        inputs = tuple(t if t is None else t.detach() for t in inputs)  # type: ignore[assignment]
+    operator = torch.ops.fastd2o.logodds
+    results = torch.library.opcheck(operator, (*inputs, *options, -100, algorithm, 4, 16, torch.float32, "torch", True))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_cringe(bias: bool) -> None:
+    options = (torch.tensor(3), 5, False, 1.0, None, 1.0, -100, 4, 16, torch.float32, "torch")
+    results = torch.library.opcheck(torch.ops.fastd2o.cringe, (*tensors(True, bias), *options))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_backwards() -> None:
+    hidden, weight, bias, target = tensors(trained=True)
+    hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    column = torch.rand(9) * (target >= 0)  # a coefficient at an ignored token is 0 by then
+    shared = (1.0, 30.0, 1.0, 4, 16, torch.float32, "torch", True, True, True)
+    inputs = (column, hidden, weight, bias, target)
+    results = torch.library.opcheck(torch.ops.fastd2o.logodds_backward, (*inputs, column, *shared))
+    assert set(results.values()) == {"SUCCESS"}
+    positive = torch.where(target >= 0, (target + 1) % 50, -1)
+    operator = torch.ops.fastd2o.cringe_backward
+    results = torch.library.opcheck(operator, (*inputs, positive, column, column + 1, False, *shared))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+class Model(nn.Module):
+    """Everything the package offers, in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(61, 16), nn.Linear(16, 16), nn.Linear(16, 61)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(self.embedding(ids)))
+        arguments = (hidden, self.head.weight, labels)
+        sequence = fastd2o.sequence_logprob(*arguments, bias=self.head.bias, softcap=20.0)
+        cringe = fastd2o.linear_cringe(*arguments, bias=self.head.bias, k=3)
+        out = fastd2o.linear_logprob(*arguments, bias=self.head.bias, stats=True)
+        return sequence.sum() + cringe.loss.sum() + out.entropy.sum() + out.logprob.mean()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_compiles_without_a_graph_break(frozen: bool, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    model.head.requires_grad_(not frozen)
+    ids, labels = torch.randint(61, (2, 5)), torch.randint(61, (2, 5))
+    labels[0, :2] = -100
+
+    def step(module: Any) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module(ids, labels)
+        return loss, torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])  # type: ignore[return-value]
+
+    torch._dynamo.reset()
+    loss, gradients = step(model)
+    compiled_loss, compiled_gradients = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_gradients, gradients)
+
+
+def test_a_bad_target_is_refused_inside_a_compiled_graph_too() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="holds 61 at flat position"):
+        compiled(torch.zeros(1, 3, dtype=torch.int64), torch.full((1, 3), 61))
+
+
+def test_fake_tensors_pass_through() -> None:
+    with FakeTensorMode():
+        hidden = torch.empty(2, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(128256, 16)
+        target = torch.empty(2, 5, dtype=torch.int64)
+        out = fastd2o.linear_logprob(hidden, weight, target)
+        assert (out.shape, out.dtype) == ((2, 5), torch.float32)
+        cringe = fastd2o.linear_cringe(hidden, weight, target, seed=0)
+        assert (cringe.positive.shape, cringe.positive.dtype) == ((2, 5), torch.int64)
