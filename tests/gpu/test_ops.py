@@ -1,0 +1,144 @@
+"""The operators on a CUDA device, against the float64 oracle on the CPU. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastd2o
+from tests.ops.oracle import Case, make_case, relative_error, rms_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+OPTIONS: list[dict[str, Any]] = [{}, {"logit_scale": 0.5, "softcap": 20.0, "temperature": 1.3}]
+
+
+def run(case: Case, trained: bool, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves = {name: tensor.detach().cuda() for name, tensor in case.tensors.items()}
+    names = list(leaves) if trained else ["hidden"]
+    for name in names:
+        leaves[name].requires_grad_()
+    hidden, weight, bias = leaves["hidden"], leaves["weight"], leaves.get("bias")
+    value = fastd2o.linear_logprob(hidden, weight, case.target.cuda(), bias=bias, **case.options, **options)
+    loss = (value * case.coef.to(value.dtype).cuda()).sum()
+    gradients = torch.autograd.grad(loss, [leaves[name] for name in names])
+    return value.detach().cpu(), {name: gradient.cpu() for name, gradient in zip(names, gradients, strict=True)}
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Any:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_matches_the_oracle(dtype: torch.dtype, tolerance: float, trained: bool, options: dict[str, Any]) -> None:
+    case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype, **options)
+    value, gradients = run(case, trained)
+    expected, expected_gradients = case.oracle()
+    assert relative_error(value, expected) <= tolerance
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_more_accurate_than_eager(dtype: torch.dtype, trained: bool, options: dict[str, Any]) -> None:
+    """Logits stay in float32 from the accumulator to the softmax: values must beat 16-bit logits by far."""
+    case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype, scale=2.0, **options)
+    value, gradients = run(case, trained)
+    expected, expected_gradients = case.oracle()
+    eager, eager_gradients = case.eager(torch.float32)
+    assert rms_error(value, expected) <= 0.5 * rms_error(eager, expected)
+    for name, gradient in gradients.items():
+        ours = rms_error(gradient, expected_gradients[name])
+        assert ours <= 1.05 * rms_error(eager_gradients[name], expected_gradients[name]), name
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_master_weights_under_autocast(trained: bool) -> None:
+    case = make_case(tokens=65, hidden_size=64, vocab_size=1001, dtype=torch.float32)
+    low = Case(case.hidden.bfloat16(), case.weight.bfloat16(), case.target, case.bias)
+    with torch.autocast("cuda", torch.bfloat16):
+        value, gradients = run(case, trained)
+    expected, expected_gradients = low.oracle()
+    assert rms_error(value, expected) <= 5e-3
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert rms_error(gradient, expected_gradients[name]) <= 1e-2, name
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_two_runs_give_the_same_bits(trained: bool) -> None:
+    case = make_case(tokens=512, hidden_size=128, vocab_size=20_001, dtype=torch.bfloat16)
+    first, second = run(case, trained), run(case, trained)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_statistics_match_the_cpu() -> None:
+    case = make_case(tokens=65, vocab_size=1001, dtype=torch.float64)
+    arguments = (case.hidden, case.weight, case.target)
+    expected = fastd2o.linear_logprob(*arguments, bias=case.bias, stats=True)
+    assert case.bias is not None
+    out = fastd2o.linear_logprob(*(tensor.cuda() for tensor in arguments), bias=case.bias.cuda(), stats=True)
+    for ours, theirs in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cringe_draws_and_gradients_match_the_cpu(dtype: torch.dtype) -> None:
+    """The draw is the CPU's in float64; in bfloat16, where logits differ, the gradient repeats bit for bit."""
+    case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype)
+
+    def step(device: str) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = (t.detach().to(device).requires_grad_() for t in (case.hidden, case.weight))
+        out = fastd2o.linear_cringe(hidden, weight, case.target.to(device), seed=3, softcap=30.0)
+        gradients = torch.autograd.grad(out.loss.sum(), (hidden, weight))
+        return out.positive.cpu(), gradients[0].cpu(), gradients[1].cpu()
+
+    ours, again = step("cuda"), step("cuda")
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    if dtype == torch.float64:
+        positive, *gradients = step("cpu")
+        assert torch.equal(ours[0], positive)
+        for a, b in zip(ours[1:], gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_peak_memory_at_the_shape_of_a_real_model(trained: bool) -> None:
+    hidden = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(128256, 2048, device="cuda", dtype=torch.bfloat16).mul_(0.02).requires_grad_(trained)
+    target = torch.randint(128256, (8192,), device="cuda")
+    leaves = [hidden, weight] if trained else [hidden]
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fastd2o.linear_logprob(hidden, weight, target).sum(), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    plan = fastd2o.Plan.choose(
+        tokens=8192,
+        hidden_size=2048,
+        vocab_size=128256,
+        algorithm="recompute" if trained else "unit",
+        device="cuda",
+    )
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    assert torch.cuda.max_memory_allocated() - before - gradients <= plan.extra_bytes
