@@ -50,9 +50,9 @@ def _trl() -> Contestant:
 
 CONTESTANTS: dict[str, Callable[[], Contestant]] = {
     "fastd2o": _fastd2o,
-    "torch F.linear_cross_entropy, chunked": _torch_chunked,
-    "trl ChunkedLogProbFunction": _trl,
-    "eager, float32 log-softmax": _eager,
+    "torch chunked": _torch_chunked,  # F.linear_cross_entropy with LinearCrossEntropyOptions()
+    "trl chunked": _trl,  # ChunkedLogProbFunction
+    "eager": _eager,  # logits in the inputs' dtype, log-softmax in float32
 }
 
 

@@ -92,7 +92,7 @@ def measure(
     )
     runs: dict[str, Callable[[], object]] = {name: step(contestant) for name, contestant in contestants.items()}
     products = 4 if trained else 2
-    floor = f"bare matrix products, {2 * products} T·D·V"
+    floor = f"products alone, {2 * products} T·D·V"
     runs[floor] = lambda: matrix_products(hidden.detach(), weight.detach(), algorithm.block_vocab, products)
 
     head = "trained" if trained else "frozen"
@@ -195,10 +195,14 @@ def shape(arguments: argparse.Namespace) -> dict[str, object]:
 
 def show(console: Console, result: dict[str, object]) -> None:
     """The result as a table."""
-    table = Table(title=f"{result['machine']}\n{result['shape']}", title_justify="left")
+    for part in ("machine", "shape"):
+        facts = result[part]
+        assert isinstance(facts, dict)
+        console.print(part + ": " + ", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+    table = Table()
     for column in ("head", "contestant"):
         table.add_column(column)
-    for column in ("seconds", "x products", "x fastd2o", "extra MB", "error: value", "dX", "dW"):
+    for column in ("seconds", "/ products", "/ fastd2o", "MB", "error", "of dX", "of dW"):
         table.add_column(column, justify="right")
     rows = result["rows"]
     assert isinstance(rows, list)

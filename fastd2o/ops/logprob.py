@@ -6,7 +6,7 @@ through autograd, ``torch.compile`` and FakeTensor; the engine does the work on 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,21 @@ from fastd2o.ops.backends import resolve
 from fastd2o.ops.checks import check_head, check_target, check_transform, select_counted
 from fastd2o.ops.plan import Algorithm, Plan
 from fastd2o.ops.tile_ops import LogitTransform
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
+
+class HeadOptions(TypedDict, total=False):
+    """The keyword options that all operators share; see :func:`linear_logprob`."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    backend: str | None
+    plan: Plan | None
 
 
 class LogprobOutput(NamedTuple):
@@ -47,36 +62,20 @@ class LogoddsOutput(NamedTuple):
 
 @overload
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    backend: str | None = ...,
-    plan: Plan | None = ...,
-    stats: Literal[False] = False,
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[HeadOptions]
 ) -> Tensor: ...
 
 
 @overload
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    backend: str | None = ...,
-    plan: Plan | None = ...,
-    stats: Literal[True],
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[HeadOptions]
 ) -> LogprobOutput: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[HeadOptions]
+) -> Tensor | LogprobOutput: ...
 
 
 def linear_logprob(
@@ -130,36 +129,20 @@ def linear_logprob(
 
 @overload
 def linear_logodds(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    backend: str | None = ...,
-    plan: Plan | None = ...,
-    stats: Literal[False] = False,
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[HeadOptions]
 ) -> Tensor: ...
 
 
 @overload
 def linear_logodds(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    softcap: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    backend: str | None = ...,
-    plan: Plan | None = ...,
-    stats: Literal[True],
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[HeadOptions]
 ) -> LogoddsOutput: ...
+
+
+@overload
+def linear_logodds(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[HeadOptions]
+) -> Tensor | LogoddsOutput: ...
 
 
 def linear_logodds(
