@@ -1,0 +1,339 @@
+"""Where reference log-probabilities come from: the dataset, a model, the policy as it was, or a cache on disk.
+
+Decided once, when the trainer is built and the policy has not been trained yet:
+
+1. columns of the dataset, where every sequence has them;
+2. the ``ref_model`` given;
+3. under PEFT, the policy with its adapter switched off;
+4. a frozen copy of the policy, taken in memory.
+
+With ``precompute_ref_log_probs`` the model among 2–4 scores the dataset before training and is let go: 1 from then on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastd2o.data import PreferenceCollator, PreferenceDataset
+from fastd2o.errors import FastD2OError, FastD2OWarning
+from fastd2o.models import attach
+from fastd2o.training.checkpoints import REFERENCE_CACHE
+from fastd2o.training.policy import adapter_has_learnt, is_peft, load_model
+from fastd2o.training.scoring import Batch, ReferenceLogps, sequence_logp
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fastd2o.training.config import PreferenceConfig
+
+Datasets: TypeAlias = dict[str, PreferenceDataset]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model that completions are scored under.
+
+    Attributes:
+        model: attached, in evaluation mode or put there for the time of a call.
+        accelerator: the trainer's; the policy runs under its autocast, and so must what it is compared with.
+        description: in words, for the model card.
+        adapter_off: call the model with its PEFT adapter switched off.
+    """
+
+    model: nn.Module
+    accelerator: Accelerator
+    description: str
+    adapter_off: bool = False
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[S] float32 without gradient: the log-probability of every completion."""
+        model: Any = self.model
+        adapter = model.disable_adapter() if self.adapter_off else nullcontext()
+        with self.accelerator.autocast(), _evaluating(self.model), adapter:
+            return sequence_logp(self.model, batch)
+
+
+@dataclass(frozen=True)
+class References:
+    """The helpful reference, and the harmful one that D2O measures positives against; None: no model, only columns.
+
+    Attributes:
+        helpful: scores what has no column ``ref_logp``.
+        harmful: scores what has no column ``harmful_ref_logp``; None: the helpful values serve for both.
+        description: where the values come from, in words.
+    """
+
+    helpful: Reference | None
+    harmful: Reference | None
+    description: str
+
+    def __call__(self, batch: Batch) -> ReferenceLogps:
+        """The reference log-probabilities of a batch: from its columns, or else from the models."""
+        helpful, harmful = batch.ref_logp, batch.harmful_ref_logp
+        if helpful is None:
+            if self.helpful is None:
+                raise FastD2OError(
+                    "a dataset has no reference log-probabilities, and no reference model is left to compute them: "
+                    "those of the other datasets were columns, or precomputed. Fix: give this dataset to the trainer "
+                    "as eval_dataset, or pass ref_model"
+                )
+            helpful = self.helpful(batch)
+        if harmful is None:
+            harmful = helpful if self.harmful is None else self.harmful(batch)
+        return ReferenceLogps(helpful, harmful)
+
+
+def find_references(
+    policy: nn.Module,
+    datasets: Datasets,
+    *,
+    ref_model: nn.Module | str | None,
+    harmful_ref_model: nn.Module | str | None,
+    accelerator: Accelerator,
+    config: PreferenceConfig,
+    collate: PreferenceCollator,
+) -> tuple[References, Datasets]:
+    """Decide where references come from; to be called while ``policy`` is what it was given as.
+
+    Returns:
+        The references, and the datasets with what was precomputed as columns, and without columns that are not to be
+        used.
+
+    Raises:
+        ValueError: a model for what the datasets hold already, or the policy itself as reference.
+        FastD2OError: no memory for a copy of the policy; weights that are sharded, so that it cannot be copied.
+    """
+    helpful: Reference | None = None
+    harmful: Reference | None = None
+    description = "columns of the dataset"
+    datasets, covered = _use_columns(datasets, "ref_logp", "ref_model", ref_model)
+    if not covered:
+        helpful = _find_helpful(policy, ref_model, accelerator, config)
+        description = helpful.description
+    datasets, covered = _use_columns(datasets, "harmful_ref_logp", "harmful_ref_model", harmful_ref_model)
+    if covered:
+        description += "; positives: columns of the dataset"
+    elif harmful_ref_model is not None:
+        harmful = _own_model(harmful_ref_model, "harmful_ref_model", policy, accelerator, config)
+        description += f"; positives: {harmful.description}"
+    if config.precompute_ref_log_probs:
+        cache = Path(config.ref_cache_dir or Path(config.output_dir) / REFERENCE_CACHE)
+        scorer = _Scorer(collate, accelerator, config.per_device_eval_batch_size, cache)
+        if helpful is not None:
+            datasets = {name: data.with_reference(scorer(helpful, data)) for name, data in datasets.items()}
+        if harmful is not None:
+            datasets = {
+                name: data.with_reference(harmful_ref_logps=scorer(harmful, data)) for name, data in datasets.items()
+            }
+        helpful = helpful if helpful is not None and helpful.adapter_off else None
+        harmful = None
+    return References(helpful, harmful, description), datasets
+
+
+def _use_columns(
+    datasets: Datasets, column: str, argument: str, model: nn.Module | str | None
+) -> tuple[Datasets, bool]:
+    """Whether every sequence of ``datasets`` has ``column``; where only some have, it is taken out of all."""
+    known = [getattr(sequence, column) is not None for data in datasets.values() for sequence in data.sequences]
+    if known and all(known):
+        if model is not None:
+            raise ValueError(
+                f"{argument} is given, and every sequence of the datasets has its {column} already. Fix: leave "
+                f"{argument} out, or remove the columns"
+            )
+        return datasets, True
+    if any(known):
+        warnings.warn(
+            f"{known.count(True)} of {len(known)} sequences have a {column}: it is used for all or for none, so it is "
+            "computed for all (kto also scores completions under other prompts, which no column covers)",
+            FastD2OWarning,
+            stacklevel=2,
+        )
+        return {name: _without_column(data, column) for name, data in datasets.items()}, False
+    return datasets, False
+
+
+def _without_column(dataset: PreferenceDataset, column: str) -> PreferenceDataset:
+    cleared: dict[str, Any] = {column: None}
+    groups = [
+        replace(group, sequences=tuple(replace(sequence, **cleared) for sequence in group.sequences))
+        for group in dataset.groups
+    ]
+    return PreferenceDataset(groups, dataset.report)
+
+
+def _find_helpful(
+    policy: nn.Module, ref_model: nn.Module | str | None, accelerator: Accelerator, config: PreferenceConfig
+) -> Reference:
+    if ref_model is not None:
+        return _own_model(ref_model, "ref_model", policy, accelerator, config)
+    if is_peft(policy):
+        if adapter_has_learnt(policy):
+            warnings.warn(
+                "the model came with an adapter that changes it already; the reference is the base model, without that "
+                "adapter. To start from the adapted model as reference, merge the adapter into it first "
+                "(merge_and_unload)",
+                FastD2OWarning,
+                stacklevel=2,
+            )
+        return Reference(policy, accelerator, "the base model, without the adapter", adapter_off=True)
+    if config.precompute_ref_log_probs:
+        return Reference(policy, accelerator, "the model before training")
+    if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        raise FastD2OError(
+            "the weights are sharded over processes (DeepSpeed ZeRO-3), so no copy of them can serve as reference. "
+            "Fix: give reference log-probabilities as columns of the dataset"
+        )
+    try:
+        copied = copy.deepcopy(policy)
+    except torch.OutOfMemoryError as error:
+        raise FastD2OError(
+            "there is no memory for a copy of the model as reference. Fix: precompute_ref_log_probs=True, or train an "
+            "adapter (peft_config), whose reference is the model without it"
+        ) from error
+    return Reference(copied.requires_grad_(False).eval(), accelerator, "the model before training")
+
+
+def _own_model(
+    given: nn.Module | str, argument: str, policy: nn.Module, accelerator: Accelerator, config: PreferenceConfig
+) -> Reference:
+    model = load_model(given, config.dtype, argument)
+    if model is policy:
+        raise ValueError(
+            f"{argument} is the model that trains, so it would change with it. Fix: leave {argument} out; a frozen "
+            "copy is taken"
+        )
+    model = attach(model.requires_grad_(False).eval(), backend=config.backend).to(accelerator.device)
+    return Reference(model, accelerator, f"the model given as {argument}")
+
+
+# --- precomputing ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores a whole dataset under a reference, once: the result is kept on disk.
+
+    The file is named after a fingerprint of the data and of the weights. One that cannot be read is computed anew, with
+    a warning. Processes share the work.
+    """
+
+    collate: PreferenceCollator
+    accelerator: Accelerator
+    batch_size: int
+    cache_dir: Path
+
+    def __call__(self, reference: Reference, dataset: PreferenceDataset) -> list[float]:
+        """One value for each of ``dataset.sequences``."""
+        key = hashlib.sha256(f"{dataset.fingerprint()} {_fingerprint(reference.model)}".encode()).hexdigest()
+        path = self.cache_dir / f"{key[:32]}.safetensors"
+        cached = _read(path, len(dataset.sequences))
+        found = torch.tensor(int(cached is not None), device=self.accelerator.device)
+        found_by_all = int(self.accelerator.reduce(found, "sum")) == self.accelerator.num_processes
+        if cached is not None and found_by_all:
+            return cached.tolist()
+        logps = self._score(reference, dataset)
+        if not torch.isfinite(logps).all():
+            raise FastD2OError(
+                f"the reference ({reference.description}) gives log-probabilities that are not finite. Fix: use "
+                "another model or dtype"
+            )
+        if self.accelerator.is_main_process:
+            _write(path, logps)
+        return logps.tolist()
+
+    def _score(self, reference: Reference, dataset: PreferenceDataset) -> Tensor:
+        """One value for each sequence, float32 on the CPU, the same on every process."""
+        first = list(accumulate((len(group.sequences) for group in dataset.groups), initial=0))
+        # Like lengths together, so that little is padding; every process its share.
+        lengths = dataset.lengths
+        order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
+        share = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        logps = torch.zeros(first[-1], device=self.accelerator.device)
+        hidden = not self.accelerator.is_local_main_process
+        with tqdm(total=len(share), desc="Reference log-probabilities", unit="group", disable=hidden) as bar:
+            for begin in range(0, len(share), self.batch_size):
+                indices = share[begin : begin + self.batch_size]
+                inputs = self.collate([dataset[index] for index in indices])
+                batch = Batch(**{name: tensor.to(logps.device) for name, tensor in inputs.items()})
+                places = [place for index in indices for place in range(first[index], first[index + 1])]
+                logps[torch.tensor(places, device=logps.device)] = reference(batch).float()
+                bar.update(len(indices))
+        return self.accelerator.reduce(logps, "sum").cpu()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of the weights of ``model``, adapters of PEFT left out, and of the dtype they are in."""
+    adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
+    digest = hashlib.sha256()
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not any(adapter in f"{name}." for adapter in adapters)
+    }
+    with tqdm(total=len(state), desc="Fingerprint of the reference", unit="tensor", leave=False, delay=2) as bar:
+        for name, tensor in state.items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            bar.update()
+    return digest.hexdigest()
+
+
+def _read(path: Path, total: int) -> Tensor | None:
+    """The cached log-probabilities, or None if there are none to be trusted."""
+    if not path.exists():
+        return None
+    try:
+        logps = load_file(path)["logp"]
+        if logps.shape == (total,) and logps.dtype == torch.float32 and bool(torch.isfinite(logps).all()):
+            return logps
+        reason = f"it holds {list(logps.shape)} {logps.dtype}, expected [{total}] finite numbers of torch.float32"
+    except (OSError, SafetensorError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"the cached reference log-probabilities in {path} cannot be used ({reason}); they are computed again",
+        FastD2OWarning,
+        stacklevel=2,
+    )
+    return None
+
+
+def _write(path: Path, logps: Tensor) -> None:
+    """Write aside, then rename: whoever reads finds a whole file or none."""
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logp": logps}, aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise FastD2OError(
+            f"the reference log-probabilities cannot be written to {path.parent}: {error}. Fix: free space, or set "
+            "ref_cache_dir"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,146 @@
+"""What stops a run, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from fastd2o import DataError, FastD2OError
+from fastd2o.training.policy import disable_dropout
+from tests.training.tiny import losses, make_model, make_rows
+
+
+class Break(TrainerCallback):
+    """Puts a value into a weight, after a step."""
+
+    def __init__(self, step: int, value: float, *, token: int | None = None) -> None:
+        self.step, self.value, self.token = step, value, token
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            weight = kwargs["model"].model.embed_tokens.weight
+            with torch.no_grad():
+                (weight if self.token is None else weight[self.token]).fill_(self.value)
+
+
+def test_nan_names_step_and_lines_and_keeps_the_checkpoint(make_trainer, tmp_path):
+    """A token that only line 7 has is broken before the third step."""
+    rows = make_rows(8)
+    rows[6]["prompt"] = "w92"
+    for row in rows[:6] + rows[7:]:
+        for name in ("prompt", "chosen", "rejected"):
+            row[name] = row[name].replace("w92", "w1")
+        row["anchors"] = [anchor.replace("w92", "w1") for anchor in row["anchors"]]
+    trainer = make_trainer(
+        train_dataset=rows,
+        per_device_train_batch_size=8,
+        callbacks=[Break(2, float("nan"), token=96)],
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(FastD2OError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "the loss is nan in step 3, on dataset lines 7." in message
+    assert f"the last checkpoint is '{tmp_path}/out/checkpoint-2'" in message
+    assert "Fix:" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_nan_everywhere_names_the_whole_batch(make_trainer):
+    trainer = make_trainer(
+        callbacks=[Break(1, float("nan"))],
+        train_sampling_strategy="sequential",
+        objective="simpo",
+        per_device_train_batch_size=3,
+    )
+    with pytest.raises(FastD2OError, match=r"in step 2, on dataset lines 4, 5, 6\..*there is no checkpoint yet"):
+        trainer.train()
+
+
+def test_broken_weights_are_not_saved(make_trainer, tmp_path):
+    """An infinite gradient breaks the weights after the last loss that is finite."""
+
+    class Overflow(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                kwargs["model"].lm_head.weight.grad.fill_(float("inf"))
+
+    trainer = make_trainer(callbacks=[Overflow()], save_strategy="steps", save_steps=1)
+    with pytest.raises(FastD2OError, match=r"no longer finite after step 2.*the last checkpoint is .*checkpoint-1"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-1"]
+
+
+def test_nan_in_an_evaluation(make_trainer):
+    trainer = make_trainer(eval_dataset=make_rows(2))
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(FastD2OError, match="in the evaluation after step 0, on dataset lines 1, 2"):
+        trainer.evaluate()
+
+
+def test_bad_rows(make_trainer):
+    rows = make_rows(3)
+    rows[1]["rejected"] = " "
+    with pytest.raises(DataError, match=r"empty completion.*2.*bad_rows"):
+        make_trainer(train_dataset=rows)
+    assert len(make_trainer(train_dataset=rows, bad_rows="drop").train_dataset) == 2
+
+
+def test_no_anchor_anywhere(make_trainer):
+    with pytest.raises(DataError, match=r"no positive.*fastd2o sample"):
+        make_trainer(train_dataset=[{"prompt": "w1", "rejected": " w2"}])
+
+
+@pytest.mark.parametrize("folder", ["./nowhere", "/no/such/model", "runs/a/b"])
+def test_model_that_is_not_there(make_trainer, folder):
+    with pytest.raises(FastD2OError, match=r"there is no folder .* to load the model from"):
+        make_trainer(model=folder)
+
+
+def test_folder_that_is_no_model(make_trainer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FastD2OError, match=r"no model could be loaded from"):
+        make_trainer(model=str(tmp_path / "empty"))
+
+
+def test_wrong_types(make_trainer, tmp_path):
+    from transformers import TrainingArguments
+
+    from fastd2o import PreferenceConfig, PreferenceTrainer
+
+    with pytest.raises(TypeError, match="args is a TrainingArguments, expected a PreferenceConfig"):
+        PreferenceTrainer(make_model(), TrainingArguments(str(tmp_path), use_cpu=True))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is a int"):
+        make_trainer(model=3)
+    with pytest.raises(ValueError, match="processing_class is missing"):
+        PreferenceTrainer(make_model(), PreferenceConfig(str(tmp_path), use_cpu=True), train_dataset=make_rows())
+
+
+def test_dropout_is_off(make_trainer):
+    """So that the policy equals its reference before the first step."""
+    model = make_model(attention_dropout=0.5)
+    trainer = make_trainer(model=model, learning_rate=0.0)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([0.693147] * 3, abs=1e-6)
+    with_dropout = make_trainer(
+        model=make_model(attention_dropout=0.5), learning_rate=0.0, disable_dropout=False, overwrite=True
+    )
+    with_dropout.train()
+    assert losses(with_dropout) != pytest.approx([0.693147] * 3, abs=1e-3)
+
+
+def test_every_kind_of_dropout():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_dropout = 0.3
+            self.layers = nn.Sequential(nn.Dropout(0.1), nn.Dropout1d(0.2))
+
+    module = Attention()
+    disable_dropout(module)
+    assert module.attention_dropout == 0.0
+    assert [layer.p for layer in module.layers] == [0.0, 0.0]
