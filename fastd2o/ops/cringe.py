@@ -47,6 +47,7 @@ def linear_cringe(
     k: int = 5,
     detach_positive: bool = False,
     seed: int | None = None,
+    counter: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -71,8 +72,10 @@ def linear_cringe(
         target: ``[...]`` int64, the negative tokens, or ``ignore_index``.
         k: candidates, ``1 <= k < V``.
         detach_positive: take no gradient through s⁺.
-        seed: of the draws, 64 bits: token i (flat position in ``target``) draws from Philox at counter i, so the draw
-            does not depend on chunking or backend. None takes a fresh seed from torch's default generator.
+        seed: of the draws, 64 bits. A token's draw is Philox at this seed and the token's counter, so it does not
+            depend on chunking or backend. None takes a fresh seed from torch's default generator.
+        counter: ``[...]`` int64, at least 0, the counter of every token; default: its flat position in ``target``. Give
+            counters that belong to the data, and how a batch is put together cannot change a draw.
         bias, logit_scale, softcap, temperature, ignore_index, backend, plan: as in :func:`fastd2o.linear_logprob`.
 
     Returns:
@@ -85,6 +88,9 @@ def linear_cringe(
     check_target("target", target, hidden)
     check_transform(logit_scale, softcap, temperature)
     check_k(k, weight.shape[0])
+    if counter is None:
+        counter = torch.arange(target.numel(), device=target.device).view(target.shape)
+    check_target("counter", counter, hidden)
     chosen = plan_call(hidden, weight, bias, plan, sparse_backward=True)
     # On the CPU whatever the device, so that reading it there waits for nothing.
     seed_tensor = torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(_as_int64(seed))
@@ -94,6 +100,7 @@ def linear_cringe(
         bias,
         target.reshape(-1),
         seed_tensor,
+        counter.reshape(-1),
         k,
         detach_positive,
         float(logit_scale),
@@ -122,6 +129,7 @@ def _cringe_op(
     bias: Tensor | None,
     target: Tensor,
     seed: Tensor,
+    counter: Tensor,
     k: int,
     detach_positive: bool,
     logit_scale: float,
@@ -137,13 +145,12 @@ def _cringe_op(
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
     tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
     rows, total = select_counted(target, weight.shape[0], ignore_index), len(target)
-    position = torch.arange(total, device=target.device)
     with without_autocast(hidden.device):
         result = engine.cringe_forward(
             gather_rows(hidden, rows).to(dtype),
             head,
             gather_rows(target, rows),
-            uniform(int(seed), gather_rows(position, rows)).to(tiling.sum_dtype),
+            uniform(int(seed), gather_rows(counter, rows)).to(tiling.sum_dtype),
             k,
             tiling,
         )
@@ -212,7 +219,9 @@ def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *o
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, _, _, detach_positive, *scalars, _, block_tokens, block_vocab, dtype, backend = inputs
+    hidden, weight, bias, target, _, _, _, detach_positive, *scalars, _, block_tokens, block_vocab, dtype, backend = (
+        inputs
+    )
     _, negative_logit, positive_logit, _, positive = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -222,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 12
+    no_gradient = (None,) * 13
     if grad_loss is None:
         return (None, None, None, *no_gradient)
     need = ctx.needs_input_grad[:3]

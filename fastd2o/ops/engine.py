@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastd2o.ops.backends import tile_ops
 from fastd2o.ops.plan import tile_dtype
-from fastd2o.ops.tile_ops import FoldState, LogitTransform, TileOps, TopKState
+from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TileOps, TopKState
 
 # Bytes of the gathered rows that are summed at once in the sparse weight gradient.
 _GATHER_BYTES = 32 << 20
@@ -41,6 +41,13 @@ class Head:
     def vocab_size(self) -> int:
         """V."""
         return self.weight_VD.shape[0]
+
+    @property
+    def finite_columns(self) -> Tensor | int:
+        """How many columns can have a finite logit: a bias of -inf is how padding is marked (a softcap lifts it)."""
+        if self.bias_V is None or self.transform.softcap is not None:
+            return self.vocab_size
+        return (self.bias_V > -torch.inf).sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def logodds_forward(
         logodds.squeeze(1),
         lse_others.squeeze(1),
         unit_TD,
-        _statistics(state, target_T, head.vocab_size) if statistics else None,
+        _statistics(state, target_T, head) if statistics else None,
     )
 
 
@@ -322,7 +329,7 @@ def _rows_of(state: FoldState, rows: slice) -> FoldState:
     """A view of some tokens' state: folding into it folds into ``state``."""
     extra = state.statistics
     if extra is not None:
-        extra = type(extra)(extra.weighted[rows], extra.argmax[rows], extra.total[rows], extra.finite[rows])
+        extra = StatisticsState(extra.weighted[rows], extra.argmax[rows], extra.total[rows])
     return FoldState(state.max[rows], state.sum[rows], state.target_logit[rows], extra)
 
 
@@ -384,7 +391,7 @@ class _Columns:
         return cls(weight_TD, head.transform.bend(raw_T1))
 
 
-def _statistics(state: FoldState, target_T: Tensor, vocab_size: int) -> Statistics:
+def _statistics(state: FoldState, target_T: Tensor, head: Head) -> Statistics:
     extra = state.statistics
     assert extra is not None
     z_y, lse = state.target_logit, torch.logaddexp(state.target_logit, state.lse_others)
@@ -395,5 +402,5 @@ def _statistics(state: FoldState, target_T: Tensor, vocab_size: int) -> Statisti
     return Statistics(
         entropy=(lse - expected_others - expected_target).squeeze(1),
         top1=torch.where(target_first, target_T1, extra.argmax).squeeze(1),
-        mean_logit=(extra.total / extra.finite.clamp_min(1.0)).squeeze(1),
+        mean_logit=(extra.total / head.finite_columns).squeeze(1),
     )

@@ -66,7 +66,7 @@ class FoldState:
         extra = None
         if statistics:
             index = torch.zeros((tokens, 1), dtype=torch.int64, device=like.device)
-            extra = StatisticsState(weighted=column(0.0), argmax=index, total=column(0.0), finite=column(0.0))
+            extra = StatisticsState(weighted=column(0.0), argmax=index, total=column(0.0))
         return cls(column(-torch.inf), column(0.0), column(0.0), extra)
 
     @property
@@ -77,13 +77,12 @@ class FoldState:
 
 @dataclass
 class StatisticsState:
-    """Extra sums for metrics: over the other columns ``weighted = sum exp(z - max) z`` and the ``argmax``; over all,
-    ``total`` and the number of ``finite`` logits."""
+    """Extra sums for metrics: over the other columns ``weighted = sum exp(z - max) z`` and the ``argmax``; over all but
+    those at -inf, ``total``."""
 
     weighted: Tensor
     argmax: Tensor
     total: Tensor
-    finite: Tensor
 
 
 @dataclass

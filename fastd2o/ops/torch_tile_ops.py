@@ -48,25 +48,28 @@ class TorchTileOps:
             column, inside = _locate(target_T1[band], vocab_start, z.shape[1])
             target_logit = z.gather(1, column)
             state.target_logit[band] = torch.where(inside, target_logit, state.target_logit[band])
-            if state.statistics is not None:
-                finite = z.isfinite()
-                state.statistics.total[band] += torch.where(finite, z, 0.0).sum(1, keepdim=True)
-                state.statistics.finite[band] += finite.sum(1, keepdim=True)
+            extra = state.statistics
+            if extra is not None:
+                extra.total[band] += z.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0).sum(1, keepdim=True)
             z.scatter_(1, column, torch.where(inside, -torch.inf, target_logit))
 
             old_max = state.max[band]
-            tile_max, tile_argmax = z.max(1, keepdim=True) if state.statistics else (z.amax(1, keepdim=True), None)
+            tile_max = z.amax(1, keepdim=True)
             new_max = torch.maximum(old_max, tile_max)
             # While every logit so far is -inf, shifting by it would make NaN of them; by 0 it makes the zeros they are.
             shift = torch.where(new_max == -torch.inf, 0.0, new_max)
             rescale = (old_max - shift).exp()
-            if state.statistics is not None and tile_argmax is not None:
-                extra = state.statistics
-                extra.argmax[band] = torch.where(tile_max > old_max, tile_argmax + vocab_start, extra.argmax[band])
-                weighted = (z - shift).exp_().mul_(z).nan_to_num_(nan=0.0)  # 0 * -inf
-                extra.weighted[band] = extra.weighted[band] * rescale + weighted.sum(1, keepdim=True)
-            exponentials = z.sub_(shift).exp_()
-            state.sum[band] = state.sum[band] * rescale + exponentials.sum(1, keepdim=True)
+            if extra is not None:
+                tile_argmax = _topk(z, 1)[1] + vocab_start
+                extra.argmax[band] = torch.where(tile_max > old_max, tile_argmax, extra.argmax[band])
+            z.sub_(shift)
+            exponentials = z.exp() if extra is not None else z.exp_()
+            tile_sum = exponentials.sum(1, keepdim=True)
+            if extra is not None:
+                # sum exp(z - shift) z, where 0 * -inf is the 0 it tends to.
+                weighted = z.mul_(exponentials).nan_to_num_(nan=0.0).sum(1, keepdim=True) + shift * tile_sum
+                extra.weighted[band] = extra.weighted[band] * rescale + weighted
+            state.sum[band] = state.sum[band] * rescale + tile_sum
             state.max[band] = new_max
             rescale_T1[band] = rescale
             if weights_TN is not None:

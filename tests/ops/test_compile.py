@@ -34,7 +34,7 @@ def test_opcheck_logodds(algorithm: str, options: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_cringe(bias: bool) -> None:
-    options = (torch.tensor(3), 5, False, 1.0, None, 1.0, -100, 4, 16, torch.float32, "torch")
+    options = (torch.tensor(3), torch.arange(9), 5, False, 1.0, None, 1.0, -100, 4, 16, torch.float32, "torch")
     results = torch.library.opcheck(torch.ops.fastd2o.cringe, (*tensors(True, bias), *options))
     assert set(results.values()) == {"SUCCESS"}
 

@@ -151,6 +151,20 @@ def test_the_draw_belongs_to_the_position() -> None:
     assert not torch.equal(fastd2o.linear_cringe(case.hidden, case.weight, case.target, seed=10).positive, draw)
 
 
+def test_counters_carry_the_draw_along_with_the_data() -> None:
+    case = make_case(tokens=24, ignored=0.0)
+    counter = torch.arange(24) * 2**33 + 5
+    draw = fastd2o.linear_cringe(case.hidden, case.weight, case.target, seed=9, counter=counter).positive
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    moved = fastd2o.linear_cringe(
+        case.hidden[order], case.weight, case.target[order], seed=9, counter=counter[order]
+    ).positive
+    assert torch.equal(moved, draw[order])
+    assert not torch.equal(draw, fastd2o.linear_cringe(case.hidden, case.weight, case.target, seed=9).positive)
+    with pytest.raises(ValueError, match=r"counter has shape \[23\]"):
+        fastd2o.linear_cringe(case.hidden, case.weight, case.target, counter=counter[1:])
+
+
 def test_without_a_seed_the_default_generator_decides() -> None:
     case = make_case(tokens=24, ignored=0.0)
     torch.manual_seed(4)
