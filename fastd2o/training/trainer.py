@@ -206,7 +206,7 @@ class PreferenceTrainer(Trainer):
         return f"{self.args.seed} " + (f"step {self.state.global_step}" if model.training else "evaluation")
 
     def _wants_statistics(self, model: nn.Module) -> bool:
-        """Entropy and the like cost another half of the fold: training shows those of one micro-batch per logging window."""
+        """Entropy and the like cost half a fold more: training shows those of one micro-batch per logging window."""
         return not model.training or ENTROPY not in self._meter
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
