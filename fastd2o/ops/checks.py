@@ -42,11 +42,11 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_target(name: str, target: Tensor, hidden: Tensor) -> None:
-    """``target`` holds int64 ids, one for each of ``hidden``'s vectors, on the same device."""
+    """``target`` is int64, with one entry for each of ``hidden``'s vectors, on the same device."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
-        raise TypeError(f"{name} has dtype {target.dtype}: expected int64 token ids. Fix: {name}.long()")
+        raise TypeError(f"{name} has dtype {target.dtype}: expected int64. Fix: {name}.long()")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} has shape {list(target.shape)} but hidden has {list(hidden.shape)}: expected one {name} for each "

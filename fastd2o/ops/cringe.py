@@ -74,7 +74,7 @@ def linear_cringe(
         detach_positive: take no gradient through s⁺.
         seed: of the draws, 64 bits. A token's draw is Philox at this seed and the token's counter, so it does not
             depend on chunking or backend. None takes a fresh seed from torch's default generator.
-        counter: ``[...]`` int64, at least 0, the counter of every token; default: its flat position in ``target``. Give
+        counter: ``[...]`` int64, the counter of every token; default: its flat position in ``target``. Give
             counters that belong to the data, and how a batch is put together cannot change a draw.
         bias, logit_scale, softcap, temperature, ignore_index, backend, plan: as in :func:`fastd2o.linear_logprob`.
 

@@ -346,10 +346,12 @@ def _logits(hidden_TD: Tensor, slab: _Slab, memory: Tensor) -> Tensor:
 
 
 def _product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right``, in ``dtype`` where the vendor's library can deliver it and in the factors' own dtype where
-    not."""
+    """``left @ right``, in ``dtype`` where the vendor's library can deliver it, else in the factors' own dtype."""
     if left_MK.dtype != dtype and tile_dtype(left_MK.dtype, left_MK.device.type) == dtype:
         return torch.mm(left_MK, right_KN, out_dtype=dtype)
+    if left_MK.dtype == torch.float16:
+        # Sums over a slab, or over many tokens, leave float16's range; nothing but wider factors keeps them on the CPU.
+        return torch.mm(left_MK.to(dtype), right_KN.to(dtype))
     return torch.mm(left_MK, right_KN)
 
 

@@ -104,7 +104,7 @@ def linear_logprob(
             dtype of the matrix products.
         weight: ``[V, D]``, of any of these dtypes: another dtype than hidden's is cast slab by slab, never whole.
         target: ``[...]`` int64, each in ``[0, V)`` or ``ignore_index``.
-        bias: ``[V]``; -inf takes a column out of the softmax (padding of the vocabulary).
+        bias: ``[V]``; -inf takes a column out of the softmax (padding of the vocabulary), unless a softcap lifts it.
         logit_scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: c of ``c * tanh(logits / c)`` (Gemma 2), or None.
         temperature: divides the logits, last.

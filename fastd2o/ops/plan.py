@@ -104,6 +104,8 @@ class Plan:
         if self.algorithm != "forward":
             if logits != self.dtype.itemsize:
                 total += tokens * columns * self.dtype.itemsize  # the tile's gradient, in the dtype of the products
+            elif self.dtype == torch.float16:
+                total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
             # Sums over slabs and one slab's share of them.
             rows = tokens if self.algorithm == "unit" else self.tokens
             total += (rows + tokens) * self.hidden_size * sums

@@ -376,6 +376,20 @@ def test_float16_gradients_survive_a_loss_scale() -> None:
         assert relative_error(gradient / factor, expected) < 2e-3
 
 
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_float16_sums_beyond_its_range(head: str) -> None:
+    """Flat logits over a large vocabulary and large weights: a slab's sum of exp(z - max) W is beyond 65504."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 10 + torch.rand(16384, 4, generator=generator)
+    target = torch.zeros(8, dtype=torch.int64)
+    case = Case(torch.full((8, 4), 1e-3).half(), weight.half(), target)
+    _, gradients = run(case, head)
+    expected = case.oracle()[1]
+    for name, gradient in gradients.items():
+        # The gradient of hidden is a difference of sums of the size of the weight, and rounds as they do.
+        assert (gradient.double() - expected[name]).abs().max() < 2e-3 * weight.max(), name
+
+
 class TestSequenceLogprob:
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(3)
