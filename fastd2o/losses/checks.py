@@ -107,13 +107,18 @@ def same_rank(**tensors: Tensor) -> None:
     and no error.
     """
     shaped = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 0}
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in shaped.items())
     if len({tensor.dim() for tensor in shaped.values()}) > 1:
-        raise ValueError(f"shapes differ in their number of dimensions: {shapes}. Fix: give them the same dimensions.")
+        raise ValueError(
+            f"shapes differ in their number of dimensions: {_shapes(shaped)}. Fix: give them the same dimensions."
+        )
     try:
         torch.broadcast_shapes(*(tensor.shape for tensor in shaped.values()))
     except RuntimeError:
-        raise ValueError(f"shapes do not broadcast: {shapes}. Fix: one value per pair in each of them.") from None
+        raise ValueError(f"shapes do not broadcast: {_shapes(shaped)}. Fix: one value per pair in each.") from None
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
 
 
 def positive(**numbers: float) -> None:
@@ -171,5 +176,5 @@ def _require_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def _require_finite(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is of type {type(value).__name__}, expected a number.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name} is {value}, expected a finite number.")

@@ -34,7 +34,7 @@ def cringe_token_loss(negative_logit: Tensor, positive_logit: Tensor, *, detach_
     checks.same_rank(negative_logit=negative, positive_logit=positive)
     if detach_positive:
         positive = positive.detach()
-    has_alternative = positive > -torch.inf
+    has_alternative = positive != -torch.inf  # NaN is no missing alternative: it must be seen
     # Select before subtracting: −inf − (−inf) is NaN, and its gradient would survive a later mask.
     gap = torch.where(has_alternative, positive, 0.0) - torch.where(has_alternative, negative, -torch.inf)
     return -F.logsigmoid(gap)

@@ -10,6 +10,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastd2o.ops.plan import Plan
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,23 +60,72 @@ def check_target(name: str, target: Tensor, hidden: Tensor) -> None:
 
 
 def check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
-    """The scalars of the logit transform are finite, and positive where they must be."""
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale={logit_scale} must be a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap={softcap} must be a positive number, or None for no softcap")
-    if not (math.isfinite(temperature) and temperature > 0):
+    """The scalars of the logit transform are finite numbers, and positive where they must be."""
+    check_number("logit_scale", logit_scale)
+    check_number("temperature", temperature)
+    if temperature <= 0:
         raise ValueError(f"temperature={temperature} must be a positive number")
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap={softcap} must be a positive number, or None for no softcap")
+
+
+def check_number(name: str, value: float) -> None:
+    """``value`` is a finite Python number: a tensor's gradient would be lost on the way."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a number")
+    # Not math.isfinite, which breaks a graph whose numbers are symbols.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}={value} must be a finite number")
+
+
+def check_integer(name: str, value: int) -> None:
+    """``value`` is a Python integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected an integer")
+
+
+def check_not_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, which would find a tangent of 0 where there is one."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("fastd2o operators have no forward-mode derivative. Fix: use reverse mode (backward)")
 
 
 def check_k(k: int, vocab_size: int) -> None:
     """There are k candidates besides the negative token itself."""
+    check_integer("k", k)
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     if k >= vocab_size:
         raise ValueError(
             f"k={k} candidates cannot exclude the negative token from a vocabulary of {vocab_size}: expected k < V, "
             f"at most {vocab_size - 1}"
+        )
+
+
+def check_plan(plan: Plan, expected: Plan) -> None:
+    """A plan that a caller gave fits the call, whose own plan would be ``expected``."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}: expected a fastd2o.Plan, as Plan.of(hidden, weight) gives it"
+        )
+    for name in ("hidden_size", "vocab_size", "dtype", "device"):
+        given, wanted = getattr(plan, name), getattr(expected, name)
+        if given != wanted:
+            raise ValueError(f"plan.{name}={given} but this call has {wanted}. Fix: start from Plan.of(hidden, weight)")
+    # A plan for more gradients than are wanted serves, one for fewer does not.
+    rank = ["forward", "unit", "recompute"]
+    if "cringe" in (plan.algorithm, expected.algorithm):
+        fits = plan.algorithm == expected.algorithm
+    else:
+        fits = rank.index(plan.algorithm) >= rank.index(expected.algorithm)
+    if not fits:
+        raise ValueError(
+            f"plan.algorithm={plan.algorithm!r} cannot serve this call: expected {expected.algorithm!r}. Fix: "
+            "start from Plan.of(hidden, weight), or pass plan=None"
         )
 
 

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from fastd2o.ops import engine
 from fastd2o.ops.backends import resolve
-from fastd2o.ops.checks import check_head, check_k, check_target, check_transform, select_counted
+from fastd2o.ops.checks import (
+    check_head,
+    check_integer,
+    check_k,
+    check_not_forward_mode,
+    check_plan,
+    check_target,
+    check_transform,
+    select_counted,
+)
 from fastd2o.ops.logprob import (
     check_differentiated_once,
     empty_gradients,
     gather_rows,
     pack_gradients,
-    plan_call,
     scatter_rows,
     without_autocast,
 )
@@ -91,9 +99,17 @@ def linear_cringe(
     if counter is None:
         counter = torch.arange(target.numel(), device=target.device).view(target.shape)
     check_target("counter", counter, hidden)
-    chosen = plan_call(hidden, weight, bias, plan, sparse_backward=True)
+    check_integer("ignore_index", ignore_index)
+    check_not_forward_mode(hidden, weight, bias)
+    chosen = Plan.of(hidden, weight, bias, cringe=True)
+    if plan is not None:
+        check_plan(plan, chosen)
+        chosen = plan
     # On the CPU whatever the device, so that reading it there waits for nothing.
-    seed_tensor = torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(_as_int64(seed))
+    if seed is None:
+        seed_tensor = torch.randint(2**63 - 1, (), device="cpu")
+    else:
+        seed_tensor = torch.tensor(_as_int64(seed), device="cpu")
     loss, _, _, logodds, positive = torch.ops.fastd2o.cringe(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -104,7 +120,7 @@ def linear_cringe(
         k,
         detach_positive,
         float(logit_scale),
-        softcap,
+        None if softcap is None else float(softcap),
         float(temperature),
         ignore_index,
         chosen.block_tokens,
@@ -117,6 +133,7 @@ def linear_cringe(
 
 
 def _as_int64(seed: int) -> int:
+    check_integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed} does not fit into 64 bits")
     return seed - 2**64 if seed >= 2**63 else seed

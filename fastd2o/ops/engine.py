@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops.backends import tile_ops
-from fastd2o.ops.plan import tile_dtype
+from fastd2o.ops.plan import GATHER_BYTES, tile_dtype
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TileOps, TopKState
-
-# Bytes of the gathered rows that are summed at once in the sparse weight gradient.
-_GATHER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,9 @@ class Head:
         return self.weight_VD.shape[0]
 
     @property
-    def finite_columns(self) -> Tensor | int:
-        """How many columns can have a finite logit: a bias of -inf is how padding is marked (a softcap lifts it)."""
-        if self.bias_V is None or self.transform.softcap is not None:
-            return self.vocab_size
-        return (self.bias_V > -torch.inf).sum().clamp_min(1)
+    def columns_in_use(self) -> Tensor | int:
+        """V without padding, which is marked by a bias of -inf."""
+        return self.vocab_size if self.bias_V is None else (self.bias_V != -torch.inf).sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -165,6 +161,9 @@ def logodds_backward(
     """
     tokens, hidden_size = hidden_TD.shape
     weight_VD, bias_V = head.weight_VD, head.bias_V
+    if tokens == 0:
+        zeros = hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype)
+        return zeros, torch.zeros_like(weight_VD), None if bias_V is None else torch.zeros_like(bias_V)
     dhidden_TD = hidden_TD.new_zeros((tokens, hidden_size), dtype=tiling.sum_dtype) if need_hidden else None
     dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
@@ -235,21 +234,25 @@ def cringe_forward(
         target_T1 = target_T[rows].unsqueeze(1)
         for slab in _slabs(head, tiling):
             logits_TN = _logits(hidden_TD[rows], slab, memory)
-            ops.fold(logits_TN, target_T1, slab.start, block)
             ops.topk(logits_TN, target_T1, slab.start, block_top)
+            ops.fold(logits_TN, target_T1, slab.start, block)
 
     index, by_column = top.index.sort(dim=1)
     values, by_value = top.values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
     index = index.gather(1, by_value)
-    some = values[:, :1] > -torch.inf
-    probabilities = torch.where(some, values, 0.0).softmax(1)
-    below = probabilities.cumsum(1)[:, :-1] <= draw_T.unsqueeze(1)
-    # Rounding may leave the last step just under 1; a column at -inf has no probability and is never the one picked.
-    choice = below.sum(1, keepdim=True).minimum((values > -torch.inf).sum(1, keepdim=True) - 1).clamp_min(0)
+    none_T1 = values[:, :1] == -torch.inf
+    probabilities = torch.where(none_T1, 0.0, values).softmax(1)
+    # Summed step by step, so that every backend sums alike (and CUDA deterministically, which cumsum is not). Rounding
+    # may leave the last step just under 1; a column at -inf has no probability and is never the one picked.
+    below, choice = torch.zeros_like(draw_T), torch.zeros_like(target_T)
+    for candidate in range(k - 1):
+        below = below + probabilities[:, candidate]
+        choice += below <= draw_T
+    choice_T1 = choice.minimum((values != -torch.inf).sum(1) - 1).clamp_min(0).unsqueeze(1)
     return CringeResult(
-        positive=torch.where(some, index.gather(1, choice), -1).squeeze(1),
+        positive=torch.where(none_T1, -1, index.gather(1, choice_T1)).squeeze(1),
         negative_logit=state.target_logit.squeeze(1),
-        positive_logit=values.gather(1, choice).squeeze(1),
+        positive_logit=values.gather(1, choice_T1).squeeze(1),
         logodds=(state.target_logit - state.lse_others).squeeze(1),
     )
 
@@ -299,7 +302,7 @@ def cringe_backward(
             add_into(dbias_V, coef_E1.squeeze(1))
         if need_weight:
             dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format)
-            step = max(1, _GATHER_BYTES // (max(1, len(column_E)) * tiling.sum_dtype.itemsize))
+            step = max(1, GATHER_BYTES // (max(1, len(column_E)) * tiling.sum_dtype.itemsize))
             for dims in _blocks(hidden_TD.shape[1], step):
                 add_into(dweight_VD[:, dims], hidden_TD[:, dims].to(tiling.sum_dtype)[token_E].mul_(coef_E1))
     return dhidden_TD, dweight_VD, dbias_V
@@ -315,9 +318,16 @@ class _Slab:
 
 
 def _slabs(head: Head, tiling: Tiling) -> Iterator[_Slab]:
+    """Slab after slab; a weight of another dtype is cast into memory that the next slab overwrites."""
+    cast: Tensor | None = None
+    if head.weight_VD.dtype != tiling.dtype:
+        shape = (min(tiling.block_vocab, head.vocab_size), head.weight_VD.shape[1])
+        cast = torch.empty(shape, dtype=tiling.dtype, device=head.weight_VD.device)
     for columns in _blocks(head.vocab_size, tiling.block_vocab):
-        bias_N = None if head.bias_V is None else head.bias_V[columns].to(tiling.dtype)
-        yield _Slab(columns.start, head.weight_VD[columns].to(tiling.dtype), bias_N)
+        weight_ND = head.weight_VD[columns]
+        if cast is not None:
+            weight_ND = cast[: len(weight_ND)].copy_(weight_ND)
+        yield _Slab(columns.start, weight_ND, None if head.bias_V is None else head.bias_V[columns].to(tiling.dtype))
 
 
 def _blocks(length: int, step: int) -> Iterator[slice]:
@@ -394,15 +404,19 @@ class _Columns:
 
 
 def _statistics(state: FoldState, target_T: Tensor, head: Head) -> Statistics:
+    """Entropy in two parts that are both sums of terms of one sign: that of "the target or another", and that among the
+    others. ``lse - sum p z`` would subtract two numbers of the size of the logits."""
     extra = state.statistics
     assert extra is not None
-    z_y, lse = state.target_logit, torch.logaddexp(state.target_logit, state.lse_others)
-    expected_others = extra.weighted * (state.max - lse).exp()
-    expected_target = torch.where(z_y == -torch.inf, 0.0, (z_y - lse).exp() * z_y)
+    logodds = state.target_logit - state.lse_others
+    target_p, others_p = logodds.sigmoid(), (-logodds).sigmoid()
+    entropy = torch.where(target_p > 0, -target_p * F.logsigmoid(logodds), 0.0)
+    among_others = state.sum.log() - extra.weighted / state.sum
+    entropy += torch.where(others_p > 0, others_p * (among_others - F.logsigmoid(-logodds)), 0.0)
     target_T1 = target_T.unsqueeze(1)
-    target_first = (z_y > state.max) | ((z_y == state.max) & (target_T1 < extra.argmax))
+    target_first = (state.target_logit > state.max) | ((state.target_logit == state.max) & (target_T1 < extra.argmax))
     return Statistics(
-        entropy=(lse - expected_others - expected_target).squeeze(1),
+        entropy=torch.where(logodds.isnan(), logodds, entropy).squeeze(1),
         top1=torch.where(target_first, target_T1, extra.argmax).squeeze(1),
-        mean_logit=(extra.total / head.finite_columns).squeeze(1),
+        mean_logit=(extra.total / head.columns_in_use).squeeze(1),
     )

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from fastd2o.ops import engine
 from fastd2o.ops.backends import resolve
-from fastd2o.ops.checks import check_head, check_target, check_transform, select_counted
-from fastd2o.ops.plan import Algorithm, Plan
+from fastd2o.ops.checks import (
+    check_head,
+    check_integer,
+    check_not_forward_mode,
+    check_plan,
+    check_target,
+    check_transform,
+    select_counted,
+)
+from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 
 if TYPE_CHECKING:
@@ -104,7 +112,7 @@ def linear_logprob(
             dtype of the matrix products.
         weight: ``[V, D]``, of any of these dtypes: another dtype than hidden's is cast slab by slab, never whole.
         target: ``[...]`` int64, each in ``[0, V)`` or ``ignore_index``.
-        bias: ``[V]``; -inf takes a column out of the softmax (padding of the vocabulary), unless a softcap lifts it.
+        bias: ``[V]``; -inf takes a column out of the softmax (padding of the vocabulary).
         logit_scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: c of ``c * tanh(logits / c)`` (Gemma 2), or None.
         temperature: divides the logits, last.
@@ -120,11 +128,22 @@ def linear_logprob(
     Raises:
         TypeError, ValueError: input that does not fit; the message names the argument and the fix.
     """
-    result = _logodds(
-        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend, plan, stats
+    result = linear_logodds(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        backend=backend,
+        plan=plan,
+        stats=stats,
     )
-    logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(result[0]))
-    return LogprobOutput(logprob, *result[1:]) if stats else logprob
+    logodds, *others = result if isinstance(result, tuple) else (result,)
+    logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(logodds))
+    return LogprobOutput(logprob, *others) if stats else logprob
 
 
 @overload
@@ -168,10 +187,33 @@ def linear_logodds(
     Returns:
         float32 ``[...]`` (float64 when the products are), 0.0 where ignored; with ``stats``, a :class:`LogoddsOutput`.
     """
-    result = _logodds(
-        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend, plan, stats
+    check_head(hidden, weight, bias)
+    check_target("target", target, hidden)
+    check_transform(logit_scale, softcap, temperature)
+    check_integer("ignore_index", ignore_index)
+    check_not_forward_mode(hidden, weight, bias)
+    chosen = Plan.of(hidden, weight, bias)
+    if plan is not None:
+        check_plan(plan, chosen)
+        chosen = plan
+    logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        ignore_index,
+        chosen.algorithm,
+        chosen.block_tokens,
+        chosen.block_vocab,
+        chosen.dtype,
+        resolve(backend),
+        stats,
     )
-    return LogoddsOutput(*result) if stats else result[0]
+    outputs = [x.view(target.shape) for x in ((logodds, entropy, top1, mean_logit) if stats else (logodds,))]
+    return LogoddsOutput(*outputs) if stats else outputs[0]
 
 
 def sequence_logprob(
@@ -203,6 +245,7 @@ def sequence_logprob(
         raise ValueError(f"reduction={reduction!r} is unknown: expected 'sum' or 'mean'")
     if options.get("stats"):
         raise TypeError("stats are per token: call linear_logprob for them")
+    check_head(hidden, weight, options.get("bias"))
     if hidden.dim() != 3:
         raise ValueError(f"hidden has shape {list(hidden.shape)}: expected [B, L, D]")
     check_target("labels", labels, hidden)
@@ -215,82 +258,9 @@ def sequence_logprob(
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Labels ``[B, L]`` in the Hugging Face convention -> targets ``[B, L]``: what each position is to predict."""
-    return F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-
-
-def plan_call(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan | None, *, sparse_backward: bool = False
-) -> Plan:
-    """The plan of a call on these tensors: what the user gave, if it can serve, or the engine's choice."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    algorithm: Algorithm = "forward"
-    if torch.is_grad_enabled() and not sparse_backward:
-        if trained:
-            algorithm = "recompute"
-        elif hidden.requires_grad:
-            algorithm = "unit"
-    if plan is None:
-        return Plan.choose(
-            tokens=hidden.numel() // hidden.shape[-1],
-            hidden_size=hidden.shape[-1],
-            vocab_size=weight.shape[0],
-            algorithm=algorithm,
-            dtype=dtype,
-            device=device,
-            cast_weight=weight.dtype != dtype,
-        )
-    if (algorithm != "forward" and plan.algorithm == "forward") or (
-        algorithm == "recompute" and plan.algorithm == "unit"
-    ):
-        raise ValueError(
-            f"plan.algorithm={plan.algorithm!r} cannot give the gradients this call needs: expected {algorithm!r}. "
-            f"Fix: Plan.choose(algorithm={algorithm!r}, ...), or plan=None"
-        )
-    if plan.dtype != dtype:
-        raise ValueError(
-            f"plan.dtype={plan.dtype} but this call computes in {dtype}. Fix: Plan.choose(dtype={dtype}, ...)"
-        )
-    return plan
-
-
-def _logodds(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    backend: str | None,
-    plan: Plan | None,
-    stats: bool,
-) -> tuple[Tensor, ...]:
-    check_head(hidden, weight, bias)
-    check_target("target", target, hidden)
-    check_transform(logit_scale, softcap, temperature)
-    chosen = plan_call(hidden, weight, bias, plan)
-    logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        float(logit_scale),
-        softcap,
-        float(temperature),
-        ignore_index,
-        chosen.algorithm,
-        chosen.block_tokens,
-        chosen.block_vocab,
-        chosen.dtype,
-        resolve(backend),
-        stats,
-    )
-    if not stats:
-        return (logodds.view(target.shape),)
-    return tuple(x.view(target.shape) for x in (logodds, entropy, top1, mean_logit))
+    target = torch.full_like(labels, ignore_index)
+    target[:, :-1] = labels[:, 1:]
+    return target
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -6,16 +6,29 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-Algorithm = Literal["forward", "unit", "recompute"]
+from fastd2o.ops.torch_tile_ops import band_elements
 
-# Bytes of one tile of logits. CPU: 16 MB keeps tile and slab in a last-level cache and the matrix product at full speed
-# (slabs of 2048 columns measured half as fast, slabs over 8192 no faster). CUDA: a float32 tile that an H100's or
-# H200's 50-60 MB L2 can hold.
+Algorithm = Literal["forward", "unit", "recompute", "cringe"]
+
+# What each algorithm is, and how many multiples of T·D·V its matrix products cost.
+_ALGORITHMS: dict[str, tuple[str, int]] = {
+    "forward": ("forward only (no gradient)", 2),
+    "unit": ("unit gradient (frozen head)", 4),
+    "recompute": ("recompute (trained head)", 8),
+    "cringe": ("forward, sparse backward (Cringe)", 2),
+}
+
+# Bytes of one tile of logits. CPU: 16 MB keeps tile and slab in a last-level cache and the matrix product at full
+# speed. CUDA: a float32 tile that an H100's or H200's 50-60 MB of L2 can hold.
 _TILE_BYTES = {"cpu": 16 << 20, "cuda": 48 << 20}
 _BLOCK_TOKENS = {"cpu": 2048, "cuda": 4096}
-_MIN_BLOCK_VOCAB = 4096
-_SCRATCH_BYTES = 8 << 20
+_MIN_BLOCK_VOCAB = 1024
+# Temporaries of one band of a tile that may be alive together, see torch_tile_ops.
+_BAND_COPIES = 6
+# Bytes of gathered rows that are summed at once in Cringe's gradient of the weight.
+GATHER_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,8 @@ class Plan:
 
     Attributes:
         algorithm: ``"forward"``, no gradient: 2 T·D·V. ``"unit"``, head frozen: the gradient of every token's log-odds
-            is formed in the forward, 4 T·D·V. ``"recompute"``, head trained: logits are formed again in the backward, 8
-            T·D·V.
+            is formed in the forward, 4 T·D·V. ``"recompute"``, head trained: logits are formed again in the backward,
+            8 T·D·V. ``"cringe"``: :func:`fastd2o.linear_cringe`, 2 T·D·V.
         tokens: T, the most tokens the call can project (those that are ignored are not).
         hidden_size: D.
         vocab_size: V.
@@ -48,11 +61,35 @@ class Plan:
     cast_weight: bool = False
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("forward", "unit", "recompute"):
-            raise ValueError(f"plan.algorithm={self.algorithm!r} is unknown: expected 'forward', 'unit' or 'recompute'")
+        if self.algorithm not in _ALGORITHMS:
+            raise ValueError(f"plan.algorithm={self.algorithm!r} is unknown: expected one of {', '.join(_ALGORITHMS)}")
         for name in ("block_tokens", "block_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, cringe: bool = False) -> Plan:
+        """The engine's own plan of a call on these tensors, under the gradient mode and autocast that are on."""
+        device = hidden.device.type
+        dtype = hidden.dtype
+        # As autocast does, it leaves float64 alone.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        algorithm: Algorithm = "cringe" if cringe else "forward"
+        if torch.is_grad_enabled() and not cringe:
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                algorithm = "recompute"
+            elif hidden.requires_grad:
+                algorithm = "unit"
+        return cls.choose(
+            tokens=hidden.numel() // hidden.shape[-1],
+            hidden_size=hidden.shape[-1],
+            vocab_size=weight.shape[0],
+            algorithm=algorithm,
+            dtype=dtype,
+            device=device,
+            cast_weight=weight.dtype != dtype,
+        )
 
     @classmethod
     def choose(
@@ -88,45 +125,44 @@ class Plan:
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products, forward and backward."""
-        factor = {"forward": 2, "unit": 4, "recompute": 8}[self.algorithm]
-        return factor * self.tokens * self.hidden_size * self.vocab_size
+        return _ALGORITHMS[self.algorithm][1] * self.tokens * self.hidden_size * self.vocab_size
 
     @property
     def extra_bytes(self) -> int:
         """An upper estimate of the memory held beyond inputs, result and gradients at the worst moment."""
         tokens, columns = min(self.block_tokens, self.tokens), min(self.block_vocab, self.vocab_size)
+        factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device).itemsize
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
-        logits = tile_dtype(self.dtype, self.device).itemsize
-        total = tokens * columns * logits + _SCRATCH_BYTES + 16 * self.tokens * sums
-        total += self.tokens * self.hidden_size * self.dtype.itemsize  # the tokens that count, gathered
+        band = min(band_elements(self.device), max(tokens, 1) * columns)
+        total = tokens * columns * logit + _BAND_COPIES * band * sums
+        total += self.tokens * (
+            16 * sums + self.hidden_size * factor
+        )  # per-token sums; the tokens that count, gathered
         if self.cast_weight:
-            total += columns * self.hidden_size * self.dtype.itemsize
-        if self.algorithm != "forward":
-            if logits != self.dtype.itemsize:
-                total += tokens * columns * self.dtype.itemsize  # the tile's gradient, in the dtype of the products
-            elif self.dtype == torch.float16:
-                total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
-            # Sums over slabs and one slab's share of them.
-            rows = tokens if self.algorithm == "unit" else self.tokens
-            total += (rows + tokens) * self.hidden_size * sums
-            if self.algorithm == "unit":
-                total += self.tokens * self.hidden_size * sums  # the unit gradient, kept for the backward
-            else:
-                total += 2 * columns * self.hidden_size * sums  # a slab's weight gradient
-        return total
+            total += columns * self.hidden_size * factor
+        if self.algorithm == "forward":
+            return total
+        if self.algorithm == "cringe":
+            # Two rows of the weight per token, their products, and a block of what goes into the weight's gradient.
+            return total + self.tokens * self.hidden_size * (factor + 4 * sums) + 2 * GATHER_BYTES
+        if logit != factor:
+            total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
+        elif self.dtype == torch.float16:
+            total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
+        total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
+        if self.algorithm == "unit":
+            return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
+        return total + self.tokens * self.hidden_size * sums + 2 * columns * self.hidden_size * sums
 
     def __str__(self) -> str:
-        what = {
-            "forward": "forward only (no gradient), 2 T·D·V",
-            "unit": "unit gradient (frozen head), 4 T·D·V",
-            "recompute": "recompute (trained head), 8 T·D·V",
-        }[self.algorithm]
+        what, factor = _ALGORITHMS[self.algorithm]
         full = self.tokens * self.vocab_size * (2 * torch.float32.itemsize + self.dtype.itemsize)
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{what}; {self.tokens} tokens x {self.hidden_size} x {self.vocab_size} vocabulary in {dtype} on "
-            f"{self.device}; tiles of {self.block_tokens} x {self.block_vocab}; {self.flops / 1e12:.3g} TFLOP; "
-            f"at most {self.extra_bytes / 1e6:.0f} MB extra (full logits: {full / 1e6:.0f} MB)"
+            f"{what}, {factor} T·D·V; {self.tokens} tokens x {self.hidden_size} x {self.vocab_size} vocabulary in "
+            f"{dtype} on {self.device}; tiles of {self.block_tokens} x {self.block_vocab}; "
+            f"{self.flops / 1e12:.3g} TFLOP; at most {self.extra_bytes / 1e6:.0f} MB extra "
+            f"(full logits: {full / 1e6:.0f} MB)"
         )
 
 

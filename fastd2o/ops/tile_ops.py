@@ -1,12 +1,11 @@
 """The small operations a backend supplies to the engine: what happens to a tile of logits while it is still in cache.
 
-The engine multiplies; a :class:`TileOps` folds, differentiates and ranks. All of them see the *raw* tile ``u = W h +
-b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in float32 (float64 for
-float64 inputs).
+The engine multiplies; a :class:`TileOps` folds, differentiates and ranks. All of them see the *raw* tile
+``u = W h + b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in float32
+(float64 for float64 inputs). A column whose raw logit is -inf is padding: it takes no part, whatever the transform.
 
 Shapes: T tokens of the tile, N columns of the tile, starting at column ``vocab_start`` of the vocabulary. Per-token
-    state is kept
-as ``[T, 1]`` columns, so that it broadcasts against a tile.
+state is kept as ``[T, 1]`` columns, so that it broadcasts against a tile.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ class FoldState:
 
 @dataclass
 class StatisticsState:
-    """Extra sums for metrics: over the other columns ``weighted = sum exp(z - max) z`` and the ``argmax``; over all but
-    those at -inf, ``total``."""
+    """Extra sums for metrics: over the other columns ``weighted = sum exp(z - max) (z - max)`` and the first
+    ``argmax``; over all but padding, ``total``."""
 
     weighted: Tensor
     argmax: Tensor
@@ -112,6 +111,8 @@ class TileOps(Protocol):
     ) -> Tensor:
         """Fold a tile into ``state`` and return ``[T, 1]`` factors by which sums gathered before must be multiplied.
 
+        The tile's memory may be used as scratch: what is in it afterwards is undefined, but for ``weights_TN``.
+
         ``weights_TN``, when given, receives ``exp(z - max) * bend`` of every column but the target's, where it receives
         0. It may be ``logits_TN`` itself.
         """
@@ -129,4 +130,5 @@ class TileOps(Protocol):
         itself."""
 
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
-        """Merge a tile's largest logits into ``state``; the target's column does not take part."""
+        """Merge a tile's largest logits into ``state``; the target's column does not take part. The tile is left as it
+        was."""

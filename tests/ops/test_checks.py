@@ -30,6 +30,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight elsewhere": ({"weight": WEIGHT.to("meta")}, ValueError, "weight is on meta but hidden is on cpu"),
     "softcap of zero": ({"softcap": 0.0}, ValueError, "softcap=0.0 must be a positive number, or None"),
     "infinite scale": ({"logit_scale": float("inf")}, ValueError, "logit_scale=inf must be a finite number"),
+    "a scale to be learnt": ({"logit_scale": torch.ones(())}, TypeError, "logit_scale is a Tensor: expected a number"),
+    "no index to ignore": ({"ignore_index": None}, TypeError, "ignore_index is a NoneType: expected an integer"),
+    "plan of another kind": ({"plan": 3}, TypeError, "plan is a int: expected a fastd2o.Plan"),
     "no temperature": ({"temperature": 0.0}, ValueError, "temperature=0.0 must be a positive number"),
     "unknown backend": ({"backend": "tpu"}, ValueError, "backend='tpu' is unknown. Known: torch, cpu, triton, cuda"),
     "backend that is not there": ({"backend": "triton"}, ValueError, r"'triton' cannot serve: .* Fix: backend='torch'"),
@@ -52,6 +55,14 @@ def test_another_ignore_index_makes_minus_100_a_bad_target() -> None:
     assert out[2] == 0.0
 
 
+def test_forward_mode_is_refused() -> None:
+    def call(hidden: torch.Tensor) -> torch.Tensor:
+        return fastd2o.linear_logprob(hidden, WEIGHT, TARGET)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (HIDDEN,), (HIDDEN,))
+
+
 @pytest.mark.parametrize(("k", "message"), [(0, "k=0 must be at least 1"), (11, "k=11 candidates cannot exclude")])
 def test_candidates_must_fit_the_vocabulary(k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -59,6 +70,8 @@ def test_candidates_must_fit_the_vocabulary(k: int, message: str) -> None:
 
 
 def test_a_seed_has_64_bits() -> None:
+    with pytest.raises(TypeError, match="seed is a float: expected an integer"):
+        fastd2o.linear_cringe(HIDDEN, WEIGHT, TARGET, seed=1.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not fit into 64 bits"):
         fastd2o.linear_cringe(HIDDEN, WEIGHT, TARGET, seed=2**64)
 
@@ -82,15 +95,33 @@ class TestPlan:
 
     def test_a_plan_that_cannot_give_the_gradients_is_refused(self) -> None:
         hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
-        for algorithm in ("forward", "unit"):
+        for algorithm in ("forward", "unit", "cringe"):
             with pytest.raises(ValueError, match=rf"algorithm='{algorithm}' cannot .*expected 'recompute'"):
                 fastd2o.linear_logprob(hidden, weight, TARGET, plan=self.plan(algorithm=algorithm))
         with pytest.raises(ValueError, match="expected 'unit'"):
             fastd2o.linear_logprob(hidden, WEIGHT, TARGET, plan=self.plan(algorithm="forward"))
+        with pytest.raises(ValueError, match="expected 'cringe'"):
+            fastd2o.linear_cringe(hidden, WEIGHT, TARGET, plan=self.plan(algorithm="forward"))
 
-    def test_a_plan_in_another_dtype_is_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"dtype=torch\.bfloat16 but this call computes in torch\.float32"):
-            fastd2o.linear_logprob(HIDDEN, WEIGHT, TARGET, plan=self.plan(dtype=torch.bfloat16))
+    @pytest.mark.parametrize(
+        "change", [{"dtype": torch.bfloat16}, {"hidden_size": 9}, {"vocab_size": 12}, {"device": "cuda"}]
+    )
+    def test_a_plan_of_another_call_is_refused(self, change: dict[str, Any]) -> None:
+        (name,) = change
+        with pytest.raises(ValueError, match=rf"plan\.{name}=.* but this call has"):
+            fastd2o.linear_logprob(HIDDEN, WEIGHT, TARGET, plan=self.plan(algorithm="forward", **change))
+
+    def test_the_engines_own_plan_can_be_had(self) -> None:
+        hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+        assert fastd2o.Plan.of(hidden, weight).algorithm == "recompute"
+        assert fastd2o.Plan.of(hidden, WEIGHT).algorithm == "unit"
+        assert fastd2o.Plan.of(HIDDEN, WEIGHT).algorithm == "forward"
+        assert fastd2o.Plan.of(HIDDEN, WEIGHT, WEIGHT[:, 0].clone().requires_grad_()).algorithm == "recompute"
+        with torch.no_grad():
+            assert fastd2o.Plan.of(hidden, weight).algorithm == "forward"
+        with torch.autocast("cpu", torch.bfloat16):
+            plan = fastd2o.Plan.of(hidden, weight, cringe=True)
+        assert (plan.algorithm, plan.dtype, plan.cast_weight) == ("cringe", torch.bfloat16, True)
 
     def test_nonsense_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"plan\.algorithm='magic' is unknown"):

@@ -23,12 +23,13 @@ def tensors(trained: bool, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | 
 
 @pytest.mark.parametrize("algorithm", ["recompute", "unit", "forward"])
 @pytest.mark.parametrize("options", [(1.0, None, 1.0), (0.5, 30.0, 2.0)])
-def test_opcheck_logodds(algorithm: str, options: tuple[Any, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_logodds(dtype: torch.dtype, algorithm: str, options: tuple[Any, ...]) -> None:
     inputs = tensors(trained=algorithm == "recompute")
     if algorithm == "forward":
         inputs = tuple(t if t is None else t.detach() for t in inputs)  # type: ignore[assignment]
     operator = torch.ops.fastd2o.logodds
-    results = torch.library.opcheck(operator, (*inputs, *options, -100, algorithm, 4, 16, torch.float32, "torch", True))
+    results = torch.library.opcheck(operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", True))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -89,6 +90,21 @@ def test_a_step_compiles_without_a_graph_break(frozen: bool, autocast: bool) -> 
     compiled_loss, compiled_gradients = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(compiled_loss, loss)
     torch.testing.assert_close(compiled_gradients, gradients)
+
+
+def test_numbers_may_change_under_one_compiled_graph() -> None:
+    """Floats and shapes that have become symbols: no graph break, and no wrong number."""
+    torch._dynamo.reset()
+    hidden, weight, _, target = tensors(trained=False)
+
+    def call(hidden: Tensor, target: Tensor, temperature: float) -> Tensor:
+        logprob = fastd2o.linear_logprob(hidden, weight, target, temperature=temperature)
+        return fastd2o.losses.npo_loss(logprob, ref_negative_logp=logprob.detach(), beta=temperature)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, temperature in ((9, 1.0), (7, 0.7), (5, 1.3)):
+        arguments = (hidden[:tokens], target[:tokens], temperature)
+        torch.testing.assert_close(compiled(*arguments), call(*arguments))
 
 
 def test_a_bad_target_is_refused_inside_a_compiled_graph_too() -> None:

@@ -22,7 +22,7 @@ def plan_of(case: Case, tokens: int, columns: int) -> fastd2o.Plan:
         tokens=case.target.numel(),
         hidden_size=case.weight.shape[1],
         vocab_size=case.weight.shape[0],
-        algorithm="forward",
+        algorithm="cringe",
         dtype=case.hidden.dtype,
     )
     return dataclasses.replace(plan, block_tokens=tokens, block_vocab=columns)
@@ -174,6 +174,37 @@ def test_without_a_seed_the_default_generator_decides() -> None:
     again = fastd2o.linear_cringe(case.hidden, case.weight, case.target).positive
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
+
+
+def test_nan_is_not_hidden_and_stays_in_its_row() -> None:
+    case = make_case(tokens=3, ignored=0.0)
+    case.hidden[1, 0] = torch.nan
+    hidden = case.hidden.clone().requires_grad_()
+    out = fastd2o.linear_cringe(hidden, case.weight, case.target, seed=0)
+    out.loss.sum().backward()
+    assert out.loss.isnan().tolist() == [False, True, False]
+    assert hidden.grad is not None
+    assert hidden.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"logit_scale": -1.0}])
+def test_padding_columns_are_never_drawn(options: dict[str, Any]) -> None:
+    case = make_case(tokens=200, vocab_size=11, ignored=0.0)
+    assert case.bias is not None
+    weight = torch.cat([case.weight, torch.ones(5, 24)])
+    bias = torch.cat([case.bias, torch.full((5,), -torch.inf)])
+    out = fastd2o.linear_cringe(case.hidden, weight, case.target, bias=bias, k=15, seed=0, **options)
+    assert (out.positive < 11).all()
+    plain = fastd2o.linear_cringe(case.hidden, case.weight, case.target, bias=case.bias, k=10, seed=0, **options)
+    assert torch.equal(out.positive, plain.positive)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    case = make_case()
+    expected = fastd2o.linear_cringe(case.hidden, case.weight, case.target, seed=1)
+    with torch.device("meta"):
+        out = fastd2o.linear_cringe(case.hidden, case.weight, case.target, seed=1)
+    assert torch.equal(out.positive, expected.positive)
 
 
 def test_no_finite_alternative_costs_nothing() -> None:

@@ -121,6 +121,13 @@ def test_autocast_chooses_the_dtype_and_casts_slab_by_slab() -> None:
     torch.testing.assert_close(gradients["weight"].bfloat16(), expected_gradients["weight"], rtol=0, atol=0)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    case = make_case(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        value, _ = run(case)
+    assert torch.equal(value, run(case)[0])
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("head", ["trained", "frozen"])
 def test_gradcheck(head: str, transform: str) -> None:
@@ -216,15 +223,17 @@ def test_certain_targets_keep_their_precision(head: str) -> None:
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=0)
 
 
-def test_padding_columns_take_no_part() -> None:
-    """A bias of -inf removes a column: same values, same gradients, and none for the padding."""
-    case = make_case(bias=True)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_padding_columns_take_no_part(transform: str) -> None:
+    """A bias of -inf removes a column, whatever scale and cap: same values and gradients, and none for the padding."""
+    case = make_case(bias=True, **TRANSFORMS[transform])
     assert case.bias is not None
     padded = Case(
         case.hidden,
         torch.cat([case.weight, torch.randn(5, case.weight.shape[1])]),
         case.target,
         torch.cat([case.bias, torch.full((5,), -torch.inf)]),
+        case.options,
     )
     for head in ("trained", "frozen"):
         value, gradients = run(padded, head)
@@ -282,10 +291,12 @@ def test_garbage_at_ignored_positions_is_never_looked_at() -> None:
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
-def test_everything_ignored_is_a_zero_that_is_still_connected(head: str) -> None:
-    case = make_case(tokens=5, ignored=1.0)
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_everything_ignored_is_a_zero_that_is_still_connected(dtype: torch.dtype, tokens: int, head: str) -> None:
+    case = make_case(tokens=tokens, ignored=1.0, dtype=dtype)
     value, gradients = run(case, head)
-    assert torch.equal(value, torch.zeros(5))
+    assert torch.equal(value, torch.zeros_like(value))
     for name, gradient in gradients.items():
         assert torch.equal(gradient, torch.zeros_like(case.tensors[name]))
 
@@ -340,6 +351,29 @@ def test_statistics_carry_no_gradient_and_do_not_change_the_value() -> None:
     assert torch.equal(out.logprob, fastd2o.linear_logprob(case.hidden, weight, case.target))
 
 
+@pytest.mark.parametrize("shift", [0.0, 20.0, 500.0])
+@pytest.mark.parametrize("sharpness", [1.0, 3.0, 10.0])
+def test_entropy_keeps_its_precision(shift: float, sharpness: float) -> None:
+    """Entropy does not change with a shift of all logits, and is small where they are sharp: nothing may cancel."""
+    case = make_case(tokens=64, bias=True, scale=sharpness, ignored=0.0)
+    assert case.bias is not None
+    bias = case.bias + shift
+    out = fastd2o.linear_logprob(case.hidden, case.weight, case.target, bias=bias, stats=True)
+    log_p = full_logits(case.hidden.double(), case.weight.double(), bias.double()).log_softmax(-1)
+    expected = -(log_p.exp() * log_p).sum(-1)
+    assert (out.entropy >= 0).all()
+    # The logits themselves are known to float32's rounding of their size.
+    assert relative_error(out.entropy, expected) <= 1e-5 + 1e-6 * (shift + sharpness)
+
+
+def test_the_first_of_equal_logits_is_the_most_likely() -> None:
+    case = make_case(tokens=256, vocab_size=8192, dtype=torch.bfloat16, bias=False, ignored=0.0)
+    expected = (case.hidden @ case.weight.T).argmax(-1)
+    for plan in (None, small_tiles(case, "forward", 100, 1024), small_tiles(case, "forward", 256, 1000)):
+        out = fastd2o.linear_logprob(case.hidden, case.weight, case.target, stats=True, plan=plan)
+        assert torch.equal(out.top1, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_give_the_same_bits(threads: int) -> None:
     case = make_case(tokens=64, vocab_size=3001, dtype=torch.bfloat16)
@@ -347,7 +381,8 @@ def test_two_runs_give_the_same_bits(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         for head in ("trained", "frozen"):
-            first, second = run(case, head), run(case, head)
+            plan = small_tiles(case, "recompute" if head == "trained" else "unit", 25, 512)
+            first, second = run(case, head, plan=plan), run(case, head, plan=plan)
             assert torch.equal(first[0], second[0])
             assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
     finally:
@@ -416,6 +451,10 @@ class TestSequenceLogprob:
         out = fastd2o.sequence_logprob(hidden, weight, labels, softcap=2.0, temperature=0.5)
         logits = full_logits(hidden, weight, softcap=2.0, temperature=0.5)
         torch.testing.assert_close(out, logprob(logits[:, :-1], labels[:, 1:]).sum(1))
+
+    def test_empty_sequences(self) -> None:
+        out = fastd2o.sequence_logprob(torch.zeros(2, 0, 8), torch.zeros(29, 8), torch.zeros(2, 0, dtype=torch.int64))
+        assert out.tolist() == [0.0, 0.0]
 
     @pytest.mark.parametrize("reduction", ["sum", "mean"])
     def test_a_sequence_without_tokens_is_a_connected_zero(self, reduction: Any) -> None:
