@@ -165,8 +165,8 @@ def build_dataset(
         needs: what every group must hold. Groups that lack it are dropped and counted.
         max_length: tokens of prompt and completion together, at least 2; None for no limit. See
             :class:`~fastd2o.data.groups.Assembler` for what is cut.
-        positives: ``"auto"`` takes the anchors where a row has any, else the chosen completion; ``"chosen"`` and
-            ``"anchors"`` take only those.
+        positives: ``"auto"`` takes the anchors where a row has that column, else the chosen completion; ``"chosen"``
+            and ``"anchors"`` take only those.
         bad_rows: what to do with a row whose completion is empty, whose prompt is too long, or that the chat template
             refuses: ``"error"`` raises, naming all of them, ``"drop"`` leaves them out and counts them.
         truncate_prompt: cut long prompts on the left instead.

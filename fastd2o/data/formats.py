@@ -8,11 +8,12 @@ columns                                 group
 ``prompt, rejected``                    a negative alone
 ``prompt, completion, label``           a positive where ``label`` is true, a negative where it is false
 ``anchors`` beside any negative         a list of completions sampled from a model: the positives of D2O
+``anchor_cut`` beside ``anchors``       a list of booleans: true where a length limit cut the anchor
 ======================================  ==================================================================
 
 Each is *standard* (text) or *conversational* (lists of ``{"role", "content"}`` messages), the same style in the whole
 row. Text is joined as it is: a space between prompt and completion has to be in one of them. A column that is None
-counts as absent; columns not named here are ignored. Where a row fits several formats, the first that fits is meant.
+counts as absent (an empty list of anchors does not); columns not named here are ignored. Where a row fits several formats, the first that fits is meant.
 
 *Implicit prompts.* Conversations: the messages that both begin with. Text: the longest common beginning, cut back to
 just before its last run of whitespace, so that no word is split and the space stays with the completion.
@@ -44,11 +45,19 @@ FORMATS = "{prompt, chosen, rejected}, {chosen, rejected}, {prompt, rejected}, {
 
 @dataclass(frozen=True)
 class Completion:
-    """One way to answer a prompt, with the reference log-probabilities its row gives for it (sums over its tokens)."""
+    """One way to answer a prompt.
+
+    Attributes:
+        content: text, or messages.
+        ref_logp: the reference model's log-probability, summed over its tokens, if the row gives it.
+        harmful_ref_logp: the same of D2O's harmful reference.
+        cut: whether a length limit cut it, so that its last token is not where the answer ends.
+    """
 
     content: Content
     ref_logp: float | None = None
     harmful_ref_logp: float | None = None
+    cut: bool = False
 
     @property
     def blank(self) -> bool:
@@ -94,8 +103,9 @@ def parse_row(row: Row, *, positives: Positives = "auto", origin: Origin | None 
 
     Args:
         row: a row of :func:`fastd2o.data.load_rows`.
-        positives: ``"auto"`` takes the anchors where the row has any, else the chosen completion; ``"chosen"`` and
-            ``"anchors"`` take only those.
+        positives: ``"auto"`` takes the anchors where the row has that column, else the chosen completion; ``"chosen"``
+            and ``"anchors"`` take only those. An empty list of anchors was sampled, and nothing came of it: no
+            positive.
         origin: how error messages refer to the dataset.
 
     Raises:
@@ -105,7 +115,7 @@ def parse_row(row: Row, *, positives: Positives = "auto", origin: Origin | None 
     columns = {name: value for name, value in row.data.items() if value is not None}
     prompt, negative, chosen = _prompt_and_answers(columns, where)
     anchors = _anchors(columns, where) if negative is not None else ()
-    sampled = positives == "anchors" or (positives == "auto" and bool(anchors))
+    sampled = positives == "anchors" or (positives == "auto" and negative is not None and "anchors" in columns)
     group = Group(row.line, prompt, negative, anchors if sampled else chosen, sampled)
     for completion in group.completions:
         _check_completion(completion, group.prompt, where)
@@ -154,16 +164,28 @@ def _anchors(columns: Mapping[str, Any], where: str) -> tuple[Completion, ...]:
     contents = [_content(anchor, f"{where}: anchors[{index}]") for index, anchor in enumerate(anchors)]
     ref_logps = _anchor_logps(columns, "ref_anchor_logps", len(contents), where)
     harmful_ref_logps = _anchor_logps(columns, "harmful_ref_anchor_logps", len(contents), where)
-    return tuple(map(Completion, contents, ref_logps, harmful_ref_logps))
+    cut = _per_anchor(columns, "anchor_cut", len(contents), "booleans", where) or [False] * len(contents)
+    for index, value in enumerate(cut):
+        if not isinstance(value, bool):
+            raise DataError(
+                f"{where}: anchor_cut[{index}] is {value!r}. Fix: true for an anchor that a length limit cut, else false"
+            )
+    return tuple(map(Completion, contents, ref_logps, harmful_ref_logps, cut))
 
 
 def _anchor_logps(columns: Mapping[str, Any], name: str, count: int, where: str) -> Sequence[float | None]:
-    if name not in columns:
+    values = _per_anchor(columns, name, count, "numbers", where)
+    if values is None:
         return [None] * count
-    values = columns[name]
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
-        raise DataError(f"{where}: {name} must be a list of {count} numbers, one per anchor. Fix: correct or remove it")
     return [_number(value, f"{where}: {name}[{index}]") for index, value in enumerate(values)]
+
+
+def _per_anchor(columns: Mapping[str, Any], name: str, count: int, kind: str, where: str) -> Sequence[Any] | None:
+    """A column with one value for each anchor, or None if the row has none."""
+    values = columns.get(name)
+    if values is not None and (isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count):
+        raise DataError(f"{where}: {name} must be a list of {count} {kind}, one per anchor. Fix: correct or remove it")
+    return values
 
 
 def _logp(columns: Mapping[str, Any], name: str, where: str) -> float | None:

@@ -14,10 +14,9 @@ from fastd2o.data.tokenize import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Repairs.
+# Repairs, besides those of fastd2o.data.render.
 CUT_COMPLETION = "completion cut at max_length"
 CUT_PROMPT = "prompt cut on the left"
-REWRITTEN_PROMPT = "earlier turns rewritten by the chat template"
 NO_CONTEXT = "no token before the completion, so its first token is not scored"
 EMPTY_ANCHOR = "empty anchor removed"
 SAME_AS_NEGATIVE = "positive identical to the negative removed"
@@ -44,7 +43,7 @@ class TokenizedSequence:
 
     @property
     def completion_ids(self) -> tuple[int, ...]:
-        """Token ids of the completion, EOS included unless it was cut off."""
+        """Token ids of the completion, EOS included unless it was cut."""
         return self.input_ids[self.completion_start :]
 
 
@@ -172,8 +171,8 @@ class Assembler:
                 raise no_room
         if encoded.clipped:
             repairs.append(NO_CONTEXT)
-        if encoded.rewritten:
-            repairs.append(REWRITTEN_PROMPT)
+        if encoded.repair is not None:
+            repairs.append(encoded.repair)
         fitted = TokenizedSequence(ids, start, completion.ref_logp, completion.harmful_ref_logp)
         unchanged = ids is encoded.ids and not encoded.clipped and self.own_prompt
         if unchanged or (fitted.ref_logp is None and fitted.harmful_ref_logp is None):

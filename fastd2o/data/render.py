@@ -7,7 +7,7 @@ and some rewrite earlier turns once a later one exists (dropping old reasoning, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastd2o.data.formats import Completion, Group, Message, Messages
@@ -16,6 +16,11 @@ from fastd2o.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# What a template can do to a prompt, as the report puts it.
+REWRITTEN_TURNS = "earlier turns rewritten by the chat template"
+OTHER_OPENING = "the chat template begins an answer otherwise than its generation prompt"
 
 
 class BadRow(Exception):
@@ -47,14 +52,17 @@ class Rendered:
         boundary: the completion is ``text[boundary:]``.
         conversational: whether a chat template wrote the text, special tokens included.
         closed: whether the text ends with a special token that stops generation.
-        rewritten: whether the prompt in the text differs from the prompt rendered alone.
+        repair: how the prompt in the text differs from the prompt rendered alone, if it does.
+        cut: whether a length limit cut the completion; then nothing follows its last word, neither EOS nor what the
+            template closes a turn with.
     """
 
     text: str
     boundary: int
     conversational: bool
     closed: bool
-    rewritten: bool
+    repair: str | None = None
+    cut: bool = False
 
 
 class Renderer:
@@ -88,18 +96,28 @@ class Renderer:
         prompt, answer = group.prompt, completion.content
         if isinstance(prompt, str) and isinstance(answer, str):
             opening = prompt + suffix
-            return Rendered(opening + answer, len(opening), conversational=False, closed=False, rewritten=False)
+            return Rendered(opening + answer, len(opening), conversational=False, closed=False, cut=completion.cut)
         assert not isinstance(prompt, str)
         assert not isinstance(answer, str)
-        return self._render_conversation(_with_suffix(prompt, suffix) if suffix else prompt, answer)
+        rendered = self._render_conversation(_with_suffix(prompt, suffix) if suffix else prompt, answer)
+        return self._without_closing(rendered, prompt, answer) if completion.cut else rendered
 
     def _render_conversation(self, prompt: Messages, answer: Messages) -> Rendered:
         text = self._apply_template([*prompt, *answer])
         opening = self._apply_template(prompt, add_generation_prompt=True)
-        rewritten = not text.startswith(opening)
-        boundary = self._find_answer(prompt, answer, text, opening) if rewritten else len(opening)
+        boundary, repair = len(opening), None
+        if not text.startswith(opening):
+            boundary = self._find_answer(prompt, answer, text, opening)
+            repair = OTHER_OPENING if text.startswith(self._apply_template(prompt)) else REWRITTEN_TURNS
         closed = text.rstrip().endswith(self._stops)
-        return Rendered(text, boundary, conversational=True, closed=closed, rewritten=rewritten)
+        return Rendered(text, boundary, conversational=True, closed=closed, repair=repair)
+
+    def _without_closing(self, rendered: Rendered, prompt: Messages, answer: Messages) -> Rendered:
+        """Leave off what the template puts behind the last word: what two conversations that differ there share."""
+        last = answer[-1]
+        other = self._apply_template([*prompt, *answer[:-1], {**last, "content": _other(last["content"])}])
+        closing = common_prefix_length(rendered.text[::-1], other[::-1])
+        return replace(rendered, text=rendered.text[: len(rendered.text) - closing], cut=True)
 
     def _find_answer(self, prompt: Messages, answer: Messages, text: str, opening: str) -> int:
         """Where the answer begins in a conversation that does not begin with its prompt rendered alone.

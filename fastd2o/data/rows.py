@@ -106,7 +106,7 @@ def _read_lines(path: Path, origin: Origin) -> Iterator[Row]:
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
                 data = json.loads(text) if text else None
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:  # also an integer of too many digits, or too deep a nesting
                 raise DataError(
                     f"{origin.at(line)}: broken JSON: {error}. Fix: each line must be one complete JSON object in UTF-8"
                 ) from error
@@ -119,7 +119,7 @@ def _read_list(path: Path, origin: Origin) -> Iterator[Row]:
     try:
         text = path.read_text("utf-8-sig")
         items = json.loads(text) if text.strip() else []
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of too many digits, or too deep a nesting
         raise DataError(f"{origin.name}: broken JSON: {error}. {fix}") from error
     if not isinstance(items, list):
         raise DataError(f"{origin.name} holds a {type(items).__name__}, not a list. {fix}")

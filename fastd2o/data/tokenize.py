@@ -21,13 +21,13 @@ class Encoded:
         ids: prompt and completion, EOS included.
         start: index of the completion's first token, at least 1: a first token has nothing to be predicted from.
         clipped: whether ``start`` was moved to 1, so that the completion's first token only serves as context.
-        rewritten: whether the chat template rewrote the prompt (:class:`~fastd2o.data.render.Rendered`).
+        repair: what the chat template did to the prompt, if anything (:class:`~fastd2o.data.render.Rendered`).
     """
 
     ids: tuple[int, ...]
     start: int
     clipped: bool
-    rewritten: bool
+    repair: str | None
 
 
 class Encoder:
@@ -36,7 +36,7 @@ class Encoder:
     - A token that straddles the boundary belongs to the completion. Fast tokenizers tell by character offsets; for slow
       ones the prompt's tokens are the common prefix of the sequence and of the prompt tokenised alone.
     - Text gets the special tokens the tokenizer adds by itself, and EOS at the end; a conversation has those its
-      template wrote, and EOS only where the template leaves the last turn open.
+      template wrote, and EOS only where the template leaves the last turn open. A completion that was cut gets none.
     - A BOS that is both in the text and added by the tokenizer is kept once.
     """
 
@@ -86,10 +86,13 @@ class Encoder:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if not rendered.conversational and bos is not None and ids[:2] == [bos, bos]:
             ids, start = ids[1:], start - 1
-        if not rendered.closed and eos is not None and ids[-1:] != [eos]:
+        ended = eos is not None and ids[-1:] == [eos]
+        if rendered.cut and ended:
+            ids = ids[:-1]  # added by a tokenizer that closes every text
+        elif eos is not None and not (rendered.cut or rendered.closed or ended):
             ids = [*ids, eos]
         shared = tuple(map(self._shared.setdefault, ids, ids))
-        return Encoded(shared, max(start, 1), clipped=start < 1, rewritten=rendered.rewritten)
+        return Encoded(shared, max(start, 1), clipped=start < 1, repair=rendered.repair)
 
 
 def _first_ending_after(boundary: int, offsets: Sequence[tuple[int, int]]) -> int:

@@ -13,6 +13,7 @@ Shape suffixes: S sequences of a batch, L tokens, V vocabulary.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import warnings
@@ -56,7 +57,7 @@ INSTRUCTIONS: dict[str, str] = {
 
 # Columns that mean something else, or nothing, once the row has new anchors.
 _REPLACED = {"completion", "label", "ref_completion_logps", "harmful_ref_completion_logps"}
-_REPLACED |= {"anchors", "ref_anchor_logps", "harmful_ref_anchor_logps"}
+_REPLACED |= {"anchors", "anchor_cut", "ref_anchor_logps", "harmful_ref_anchor_logps"}
 
 # A chunk is the unit that is finished, and written to a file, as a whole: at most about this many batches.
 _BATCHES_PER_CHUNK = 4
@@ -107,6 +108,20 @@ class SamplingOptions:
             raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1")
         if self.bad_rows not in ("error", "drop"):
             raise ValueError(f"bad_rows is {self.bad_rows!r}; expected 'error' or 'drop'")
+        self._check_instruction()
+
+    def _check_instruction(self) -> None:
+        """Refuse a word that is nearly a name: as a text it would be an instruction that says nothing."""
+        names = [*INSTRUCTIONS, "none"]
+        words = (self.instruction or "").split()
+        if len(words) != 1 or self.instruction in names:
+            return
+        meant = difflib.get_close_matches(words[0].lower(), names, n=1)
+        if meant:
+            raise ValueError(
+                f"instruction is {self.instruction!r}, which is no name of an instruction. Fix: {meant[0]!r}, or a "
+                "sentence if it is meant as a text"
+            )
 
     @property
     def instruction_text(self) -> str | None:
@@ -205,7 +220,8 @@ def sample_anchors(
 
     Returns:
         One dictionary per row with a negative, in the dataset's order: the row with ``prompt``, ``rejected`` (and
-        ``chosen``) in their own style, and ``anchors``, at most ``num_anchors`` completions in that style.
+        ``chosen``) in their own style, ``anchors``, at most ``num_anchors`` completions in that style, and
+        ``anchor_cut``, for each of them whether it ended at ``max_new_tokens``.
 
     Raises:
         ValueError: an option outside its range, or a tokenizer without what is needed.
@@ -507,7 +523,8 @@ def _finish(prompt: Prompt, samples: list[_Sample], counts: SamplingReport, opti
     anchors: list[Any] = [sample.text for sample in samples]
     if prompt.conversational:
         anchors = [[{"role": "assistant", "content": text}] for text in anchors]
-    return SampledRow(prompt.line, {**prompt.row, "anchors": anchors}, counts)
+    row = {**prompt.row, "anchors": anchors, "anchor_cut": [sample.cut for sample in samples]}
+    return SampledRow(prompt.line, row, counts)
 
 
 def _uniforms(options: SamplingOptions, line: int, draw: int, attempt: int) -> torch.Tensor:

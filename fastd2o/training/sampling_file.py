@@ -66,11 +66,12 @@ def sample_file(
         The counts over all rows, those of an earlier part of the run included.
 
     Raises:
-        FastD2OError: ``out`` exists, or ``out.partial`` is of a run of other settings; no row got an anchor; or the
-            disk is full, say: what was finished stays then, and the same call goes on from there.
+        FastD2OError: ``out`` exists, is the dataset itself or cannot be written; ``out.partial`` is of a run of other
+            settings; no row got an anchor; or the disk is full, say: what was finished stays then, and the same call
+            goes on from there.
         ValueError, DataError: as ``sample_anchors``.
     """
-    check_output(out, overwrite=overwrite)
+    check_output(out, dataset, overwrite=overwrite)
     prompts, report = read_prompts(dataset, model, processing_class, options)
     partial = _PartialFile(Path(out), _settings(model, prompts, options))
     size = rows_per_chunk(options.num_anchors, options.batch_size)
@@ -88,23 +89,48 @@ def sample_file(
     return report
 
 
-def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise :class:`FastD2OError` unless ``out`` can be written: cheap, for before a model is loaded."""
+def check_output(out: str | os.PathLike[str], dataset: Source, *, overwrite: bool) -> None:
+    """Raise :class:`FastD2OError` unless ``out`` can be written: cheap, for before a model is loaded.
+
+    The dataset is never overwritten: a run that was stopped between could not be begun again.
+    """
     path = Path(out)
     if path.is_dir():
         raise FastD2OError(f"{path} is a folder. Fix: give the name of a .jsonl file")
     if path.suffix != ".jsonl":
         raise FastD2OError(f"{path} does not end in .jsonl, so it could not be read back. Fix: name it {path}.jsonl")
+    if isinstance(dataset, str | os.PathLike) and path.exists() and Path(dataset).exists() and path.samefile(dataset):
+        raise FastD2OError(f"{path} is the dataset, which the result would replace. Fix: choose another file")
     if path.exists() and not overwrite:
-        raise FastD2OError(f"{path} exists. Fix: choose another file, or overwrite=True (--overwrite) to replace it")
+        raise FastD2OError(f"{path} exists. Fix: choose another file, or overwrite=True to replace it")
+    _try_to_write(_partial_path(path))
+
+
+def _partial_path(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _try_to_write(path: Path) -> None:
+    """Open a file for writing, and leave everything as it was."""
+    new = not path.exists()
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        finally:
+            if new:
+                path.unlink(missing_ok=True)
+            for folder in new_folders:
+                if folder.exists():
+                    folder.rmdir()
 
 
 class _PartialFile:
     """``OUT.partial``: the rows of a run that is not over."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self.path = out.with_name(out.name + ".partial")
-        self.out = out
+        self.path = _partial_path(out)
         self.settings = settings
 
     def resume(self, expected: list[int], chunk: int, *, overwrite: bool) -> list[SampledRow]:
@@ -119,7 +145,7 @@ class _PartialFile:
         if difference and not overwrite:
             raise FastD2OError(
                 f"{self.path} is the beginning of another run: {difference}. Fix: use its settings to go on with it, "
-                "or overwrite=True (--overwrite) to start again"
+                "or overwrite=True to start again"
             )
         if difference or not header:
             self.path.unlink()
@@ -140,7 +166,7 @@ class _PartialFile:
         """Add a chunk of rows."""
         lines = [] if self.path.exists() else [_dump(self.settings)]
         lines += [_dump(asdict(row)) for row in rows]
-        with _explained(self.path):
+        with _explained(self.path, self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(b"".join(lines))
@@ -224,7 +250,7 @@ def _replace(out: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write ``out`` so that at every moment there is either the old file (or none) or the whole new one."""
     temporary = out.with_name(out.name + ".tmp")
     try:
-        with _explained(out):
+        with _explained(out, _partial_path(out)):
             with temporary.open("wb") as file:
                 file.writelines(map(_dump, rows))
                 file.flush()
@@ -236,12 +262,15 @@ def _replace(out: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Say what a write that failed leaves, and how to go on."""
+def _explained(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Say why a write failed, what is left in ``partial``, and how to go on."""
     try:
         yield
     except OSError as error:
-        raise FastD2OError(
-            f"{path} cannot be written: {error.strerror or error}. The rows that are finished stay. Fix: make room or "
-            "give the right to write there, then run the same again, which goes on where it stopped"
-        ) from error
+        fix = "Fix: make room or give the right to write there, or choose another file"
+        if partial is not None and partial.exists():
+            fix = (
+                f"The rows that are finished stay in {partial.name}. Fix: make room or give the right to write there, "
+                "then run the same again, which goes on where it stopped"
+            )
+        raise FastD2OError(f"{path} cannot be written: {error.strerror or error}. {fix}") from error
