@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TextIO
 
-from fastd2o.cli.arguments import CommandParser, UsageError, did_you_mean, reject_unknown, with_config
+from fastd2o.cli.arguments import CommandParser, UsageError, did_you_mean, in_options, reject_unknown, with_config
 from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
 
 COMMANDS = ("train", "sample", "demo", "doctor")
@@ -48,25 +49,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; default ``sys.argv[1:]``.
     """
     arguments, debug = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    messages = _Messages()
     try:
-        with _own_warnings_only(debug):
-            return _dispatch(arguments)
+        with _own_warnings_only(messages, debug):
+            return _dispatch(arguments, messages)
     except UsageError as error:
-        _complain(str(error))
+        messages.complain(str(error))
         return 2
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt as interrupt:
-        _complain(str(interrupt) or "interrupted")
+        messages.complain(str(interrupt) or "interrupted")
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _complain(_describe(error))
+        messages.complain(_describe(error))
         return 1
 
 
-def _dispatch(arguments: list[str]) -> int:
+class _Messages:
+    """What is told on stderr, in the words of the command line."""
+
+    def __init__(self) -> None:
+        self.parser: CommandParser | None = None  # of the command, once it is known
+
+    def complain(self, message: str) -> None:
+        """One line: why there is no result."""
+        print(f"fastd2o: error: {' '.join(self._spelled(message).split())}", file=sys.stderr)
+
+    def warn(self, message: str) -> None:
+        """Something to look at."""
+        print(f"fastd2o: warning: {self._spelled(message)}", file=sys.stderr)
+
+    def _spelled(self, message: str) -> str:
+        return message if self.parser is None else in_options(message, self.parser)
+
+
+def _dispatch(arguments: list[str], messages: _Messages) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in COMMANDS}
     if command is not None and command not in modules:
@@ -77,6 +97,7 @@ def _dispatch(arguments: list[str]) -> int:
         parser.parse_args(arguments)  # --help and --version end here, an unknown option too
         parser.print_help(sys.stderr)
         return 2
+    messages.parser = chosen
     position = arguments.index(command) + 1
     arguments = arguments[:position] + with_config(arguments[position:], chosen)
     args, unknown = parser.parse_known_args(arguments)
@@ -119,7 +140,7 @@ def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 @contextmanager
-def _own_warnings_only(debug: bool) -> Iterator[None]:
+def _own_warnings_only(messages: _Messages, debug: bool) -> Iterator[None]:
     """Show FastD2O's own warnings, without their place in the code; those of libraries only with ``--debug``."""
 
     def show(
@@ -131,8 +152,7 @@ def _own_warnings_only(debug: bool) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if os.environ.get("RANK", "0") == "0":
-            text = str(message) if issubclass(category, FastD2OWarning) else f"{category.__name__}: {message}"
-            print(f"fastd2o: warning: {text}", file=sys.stderr)
+            messages.warn(str(message) if issubclass(category, FastD2OWarning) else f"{category.__name__}: {message}")
 
     with warnings.catch_warnings():
         if not debug:
@@ -148,12 +168,20 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OutOfMemoryError):
         return f"{error} Fix: smaller batches or shorter sequences; for train also --gradient_checkpointing, --use_peft"
     if isinstance(error, ModuleNotFoundError) and "Fix:" not in str(error) and error.name:
-        package = error.name.partition(".")[0]
-        return f"the package {package!r} is not installed. Fix: pip install 'fastd2o[train]'"
+        # A missing module goes by its name; a missing distribution by a sentence with the requirement in quotes.
+        requirement = re.search(r"'([\w-]+)", error.name)
+        package = requirement[1] if requirement else error.name.partition(".")[0]
+        wanted = "'fastd2o[train]'" if package in _of_train() else package
+        return f"the package {package!r} is not installed. Fix: pip install {wanted}"
     if isinstance(error, _EXPECTED):
         return str(error) or type(error).__name__
     return f"{type(error).__name__}: {error} (unexpected: run again with --debug for the traceback)"
 
 
-def _complain(message: str) -> None:
-    print(f"fastd2o: error: {' '.join(message.split())}", file=sys.stderr)
+def _of_train() -> set[str]:
+    """The packages that come with ``fastd2o[train]``, by the names that one imports."""
+    from importlib.metadata import requires
+
+    wanted = [line for line in requires("fastd2o") or () if "extra == 'train'" in line or 'extra == "train"' in line]
+    names = {re.split(r"[^\w-]", line, maxsplit=1)[0].lower() for line in wanted}
+    return names | {"yaml"}  # PyYAML

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+JSON = "JSON"  # the metavar of an option that a configuration file may give as a mapping
 _MOST_CHOICES = 6  # a longer list of them is not written out in the help
 
 
@@ -20,7 +23,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Each option once and briefly, with a default that says something; the examples keep their line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False, "") or action.required or "efault" in (action.help or "")
+        nothing = action.default is None or action.default is False or action.default == ""
+        silent = nothing or action.required or "efault" in (action.help or "")
         return action.help if silent else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -71,33 +75,86 @@ def reject_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
     parser.error(f"unrecognized argument {flag!r}{hint}")
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Around the making of options: a value that they refuse is a mistake in the command line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def in_options(message: str, parser: argparse.ArgumentParser) -> str:
+    """``message`` as one says it on the command line: ``--truncate_prompt`` for ``truncate_prompt=True``.
+
+    Messages name settings as Python has them, because the same code serves both.
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"].strip("'\"")
+        return f"--{name}" if value == "True" else f"--{name} {value.lower() if value == 'False' else value}"
+
+    names = "|".join(map(re.escape, option_names(parser)))
+    value = r"""'[^']*'|"[^"]*"|[+-]?\w+(?:\.\w+)*"""
+    # Not in a call, and not in a path or another text that the user wrote.
+    return re.sub(rf"(?<![\w.(/,'\"-])(?P<name>{names})=(?P<value>{value})", spell, message)
+
+
 def with_config(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Put what ``--config FILE`` says in front of ``arguments``, so that the command line, which comes later, wins.
 
     The file is a YAML mapping from option names to values. It becomes ordinary arguments, so that one parser converts
-    and checks
-    both: a list gives several values, a mapping is passed as JSON, ``null`` leaves the option alone.
+    and checks both: a list gives several values, a mapping is passed as JSON to the options that take it, ``null``
+    leaves the option alone.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append", default=[], nargs="?")
     files = finder.parse_known_args(arguments)[0].config
     if "config" not in option_names(parser) or not files or files[-1] is None:
         return arguments
+    actions = {option: action for action in parser._actions for option in action.option_strings}
     valid = [name for name in option_names(parser) if name not in ("config", "help")]
-    flags = [option for action in parser._actions if action.nargs == 0 for option in action.option_strings]
     expanded: list[str] = []
     for name, value in _read_mapping(Path(files[-1])).items():
         if name not in valid:
             raise UsageError(
                 f"{files[-1]}: unknown key {name!r}{did_you_mean(str(name), valid)}. See: {parser.prog} --help"
             )
-        if f"--{name}" in flags and isinstance(value, bool):
-            expanded += [f"--{name}"] * value
-        elif isinstance(value, list):
-            expanded += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            expanded.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        if value is None:
+            continue
+        try:
+            expanded += _as_arguments(name, value, actions[f"--{name}"], parser)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{files[-1]}: {name}: {error.message}. See: {parser.prog} --help") from error
     return expanded + arguments
+
+
+def _as_arguments(name: str, value: Any, action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:
+    """``value`` as arguments for ``action``, which takes it.
+
+    Raises:
+        argparse.ArgumentError: it does not.
+    """
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise argparse.ArgumentError(action, f"found {value!r}, expected true or false")
+        return [f"--{name}"] * value
+    if isinstance(value, dict) and action.metavar != JSON:
+        raise argparse.ArgumentError(action, f"found the mapping {value!r}, expected a value")
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*"):
+            raise argparse.ArgumentError(action, f"found the list {value!r}, expected one value")
+        if not value:
+            raise argparse.ArgumentError(action, "found an empty list, expected at least one value")
+    words = [_as_word(item, action) for item in (value if isinstance(value, list) else [value])]
+    parser._get_values(action, list(words))
+    return [f"--{name}", *words] if isinstance(value, list) else [f"--{name}={words[0]}"]
+
+
+def _as_word(value: Any, action: argparse.Action) -> str:
+    if value is False and "no" in (action.choices or ()):
+        return "no"  # which YAML takes for a boolean
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:

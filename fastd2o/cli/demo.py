@@ -1,8 +1,7 @@
-"""``fastd2o demo``: a tiny model learns good and bad answers, then unlearns the bad ones, on two cores in minutes.
+"""``fastd2o demo``: a tiny model learns good and bad answers, then unlearns the bad ones, on a CPU in two minutes.
 
 :func:`play` is the whole story. The world it happens in is ``demo_world``, the model ``demo_model``, its alignment
-``demo_align``, what is measured ``demo_measure``, what is shown ``demo_report``. Everything runs on the CPU and follows
-from the seed.
+``demo_align``, what is measured ``demo_measure``, what is shown ``demo_report``. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ def play(settings: Settings) -> tuple[list[Outcome], list[HeadMemory]]:
 
     out, seed = settings.out_dir, settings.seed
     claim_folder(out)
-    with quiet_libraries():
+    with quiet_libraries(), _one_thread():
         _say("1/4  A tiny Llama learns a small world, in which half of the answers are rude.")
         world = load_world(settings.tasks)
         lessons, held_out = world.lessons(random.Random(f"{seed}/lessons"), settings.questions_per_task, _HELD_OUT)
@@ -208,6 +208,22 @@ def claim_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).write_text('{"written_by": "fastd2o demo"}\n', encoding="utf-8")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one core: the numbers do not depend on how many there are, and a busy machine does not stall the demo.
+
+    With matrices this small a second thread gains a third, and loses far more where it has to share its core.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastd2o.cli.arguments import usage_errors
 from fastd2o.cli.libraries import default_device, quiet_libraries
 from fastd2o.errors import FastD2OError
 from fastd2o.loading import DTYPES, check_model, load_model, load_tokenizer
 
 if TYPE_CHECKING:
-    from fastd2o.training.sampling import SamplingReport
+    from fastd2o.training.sampling import SamplingOptions, SamplingReport
 
 HELP = "draw anchors for D2O: the model's own good answers to the prompts of a dataset of negatives"
 
@@ -63,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the anchors and print what came out."""
+    options = _options(args)
     check_model(args.model)
     if not Path(args.dataset).exists():
         raise FileNotFoundError(f"--dataset: there is no file {args.dataset!r}. Fix: check the path of the dataset")
@@ -71,24 +73,31 @@ def run(args: argparse.Namespace) -> int:
             "sample runs as one process. Fix: start it without torchrun, on a part of the dataset per GPU"
         )
     with quiet_libraries():
-        return _sample(args)
+        report = _sample(args, options)
+        _print_summary(report, args, options)
+    return 0
 
 
-def _sample(args: argparse.Namespace) -> int:
+def _options(args: argparse.Namespace) -> SamplingOptions:
     from fastd2o.training.sampling import SamplingOptions
+
+    with usage_errors():
+        return SamplingOptions(
+            num_anchors=args.num_anchors,
+            instruction=args.instruction,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            bad_rows=args.bad_rows,
+        )
+
+
+def _sample(args: argparse.Namespace, options: SamplingOptions) -> SamplingReport:
     from fastd2o.training.sampling_file import check_output, sample_file
 
-    options = SamplingOptions(
-        num_anchors=args.num_anchors,
-        instruction=args.instruction,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        bad_rows=args.bad_rows,
-    )
-    check_output(args.out, overwrite=args.overwrite)
+    check_output(args.out, args.dataset, overwrite=args.overwrite)
     tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     model = load_model(
         args.model,
@@ -98,14 +107,12 @@ def _sample(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     try:
-        report = sample_file(model, tokenizer, args.dataset, args.out, options, overwrite=args.overwrite)
+        return sample_file(model, tokenizer, args.dataset, args.out, options, overwrite=args.overwrite)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on where it stopped") from None
-    _print_summary(report, args)
-    return 0
 
 
-def _print_summary(report: SamplingReport, args: argparse.Namespace) -> None:
+def _print_summary(report: SamplingReport, args: argparse.Namespace, options: SamplingOptions) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -117,12 +124,12 @@ def _print_summary(report: SamplingReport, args: argparse.Namespace) -> None:
     notes = {
         "rows": (report.rows, ""),
         "anchors": (report.anchors, f"of {report.rows * args.num_anchors} asked for"),
-        "cut": (report.cut, f"ended at --max_new_tokens {args.max_new_tokens}"),
+        "cut": (report.cut, f"ended at --max_new_tokens {args.max_new_tokens}; train gives them no end of text"),
         "duplicates": (report.duplicates, "repeat an anchor of the same prompt (kept)"),
         "empty": (report.empty, "drawn anew"),
         "same as the negative": (report.copies, "drawn anew"),
         "dropped": (report.dropped, "still of no use after the last redraw"),
-        "rows without anchors": (report.rows_without_anchors, "train leaves them out"),
+        "rows without anchors": (report.rows_without_anchors, "train leaves them out, unless --allow_no_anchor"),
         "bad rows": (report.bad, "left out"),
         "rows left out": (report.without_negative, "have no negative"),
     }
@@ -130,4 +137,5 @@ def _print_summary(report: SamplingReport, args: argparse.Namespace) -> None:
         if count or name in ("rows", "anchors"):
             table.add_row(name, str(count), note)
     Console().print(table)
+    print(f"Instruction, for generation only: {options.instruction_text or 'none'}")
     print(f"Next: fastd2o train --model {args.model} --dataset {args.out} --objective d2o --output_dir OUT")

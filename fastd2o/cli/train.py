@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_origin
 
-from fastd2o.cli.arguments import UsageError
+from fastd2o.cli.arguments import JSON, UsageError, usage_errors
 from fastd2o.cli.libraries import quiet_libraries
 from fastd2o.loading import check_model, load_model, load_tokenizer
 
@@ -69,6 +70,7 @@ class RunArguments:
 
 def parents() -> list[argparse.ArgumentParser]:
     """The options, made from the dataclasses that hold them."""
+    from transformers import TrainingArguments
     from transformers.hf_argparser import string_to_bool
 
     parser = _option_parser(add_help=False)
@@ -76,6 +78,12 @@ def parents() -> list[argparse.ArgumentParser]:
         if action.type is string_to_bool:
             # HfArgumentParser lets a switch stand alone only if it is off by default, not if it is undecided (None).
             action.nargs, action.const = "?", True
+        if isinstance(action, argparse._StoreFalseAction):
+            action.help = f"The same as --{action.dest} false."
+        if get_origin(action.type) is dict:
+            action.type, action.metavar = json.loads, JSON
+        if action.dest in TrainingArguments._VALID_DICT_FIELDS:
+            action.metavar = JSON
         if "--resume_from_checkpoint" in action.option_strings:
             # Alone, as in Trainer.train(resume_from_checkpoint=True), it means the last one.
             action.nargs, action.const = "?", "true"
@@ -111,37 +119,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, and say where the model is."""
+    options, config = _options(args)
     for flag in ("dataset", "eval_dataset"):
-        path = getattr(args, flag)
+        path = getattr(options, flag)
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(f"--{flag}: there is no file {path!r}. Fix: check the path of the dataset")
     for flag in ("model", "ref_model", "harmful_ref_model"):
-        name = getattr(args, flag)
+        name = getattr(options, flag)
         if name is not None:
             check_model(name, f"--{flag}")
-    resume = _resume(args.resume_from_checkpoint)
+    resume = _resume(config.resume_from_checkpoint)
     from fastd2o.training.checkpoints import check_output_dir, resolve_checkpoint
 
-    check_output_dir(args.output_dir, overwrite=args.overwrite, resume=resume)
+    with usage_errors():
+        check_output_dir(config.output_dir, overwrite=config.overwrite, resume=resume)
     if resume is not None:
-        resolve_checkpoint(args.output_dir, resume)
+        resolve_checkpoint(config.output_dir, resume)
     with quiet_libraries():
-        trainer = _build_trainer(args)
+        trainer = _build_trainer(options, config)
         main_process = trainer.is_world_process_zero()
         if main_process:
             for report in trainer.reports.values():
                 if report.clean:  # what is not has been warned of
                     print(report, flush=True)
-        trainer.train(resume_from_checkpoint=resume)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(config.output_dir)) from None
         trainer.save_model()
     if main_process:
-        out = trainer.args.output_dir
+        out = config.output_dir
         print(f"The model is in {out}")
         print(
-            f"Next: fastd2o sample --model {out} --dataset {args.dataset} --out samples.jsonl --num_anchors 1 "
+            f"Next: fastd2o sample --model {out} --dataset {options.dataset} --out samples.jsonl --num_anchors 1 "
             "--instruction none"
         )
     return 0
+
+
+def _options(args: argparse.Namespace) -> tuple[RunArguments, PreferenceConfig]:
+    """The arguments as the dataclasses they were made from, which check them."""
+    with quiet_libraries(), usage_errors():
+        run, config = _option_parser().parse_dict(vars(args), allow_extra_keys=True)
+    return run, config
 
 
 def _option_parser(**options: Any) -> HfArgumentParser:
@@ -159,13 +179,22 @@ def _resume(value: str | None) -> bool | str | None:
     return True if value.lower() == "true" else value
 
 
-def _build_trainer(args: argparse.Namespace) -> PreferenceTrainer:
+def _how_to_go_on(output_dir: str | None) -> str:
+    """For a run that was interrupted: from where it can go on."""
+    from fastd2o.training.checkpoints import checkpoints
+
+    saved = checkpoints(output_dir or "")
+    if not saved:
+        return "interrupted before the first checkpoint (see --save_steps), so the run begins anew"
+    return f"interrupted; the same command with --resume_from_checkpoint goes on from {saved[-1]}"
+
+
+def _build_trainer(run: RunArguments, config: PreferenceConfig) -> PreferenceTrainer:
     from transformers import PrinterCallback, ProgressCallback
 
     from fastd2o.cli.progress import LogLines, ProgressBar
     from fastd2o.training import PreferenceTrainer
 
-    run, config = _option_parser().parse_dict(vars(args), allow_extra_keys=True)
     peft_config = _lora(run, config)
 
     def load(flag: str) -> PreTrainedModel:

@@ -13,7 +13,8 @@ columns                                 group
 
 Each is *standard* (text) or *conversational* (lists of ``{"role", "content"}`` messages), the same style in the whole
 row. Text is joined as it is: a space between prompt and completion has to be in one of them. A column that is None
-counts as absent (an empty list of anchors does not); columns not named here are ignored. Where a row fits several formats, the first that fits is meant.
+counts as absent, an empty list of anchors does not; columns not named here are ignored. Where a row fits several
+formats, the first that fits is meant.
 
 *Implicit prompts.* Conversations: the messages that both begin with. Text: the longest common beginning, cut back to
 just before its last run of whitespace, so that no word is split and the space stays with the completion.
@@ -168,7 +169,7 @@ def _anchors(columns: Mapping[str, Any], where: str) -> tuple[Completion, ...]:
     for index, value in enumerate(cut):
         if not isinstance(value, bool):
             raise DataError(
-                f"{where}: anchor_cut[{index}] is {value!r}. Fix: true for an anchor that a length limit cut, else false"
+                f"{where}: anchor_cut[{index}] is {value!r}. Fix: true where a length limit cut the anchor, else false"
             )
     return tuple(map(Completion, contents, ref_logps, harmful_ref_logps, cut))
 

@@ -103,27 +103,27 @@ def check_output(out: str | os.PathLike[str], dataset: Source, *, overwrite: boo
         raise FastD2OError(f"{path} is the dataset, which the result would replace. Fix: choose another file")
     if path.exists() and not overwrite:
         raise FastD2OError(f"{path} exists. Fix: choose another file, or overwrite=True to replace it")
-    _try_to_write(_partial_path(path))
+    _try_to_write(path)
 
 
 def _partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def _try_to_write(path: Path) -> None:
-    """Open a file for writing, and leave everything as it was."""
-    new = not path.exists()
-    new_folders = [folder for folder in path.parents if not folder.exists()]
-    with _explained(path):
+def _try_to_write(out: Path) -> None:
+    """Open the partial file of ``out`` for writing, and leave everything as it was."""
+    partial = _partial_path(out)
+    with _explained(out):
+        new_folders = [folder for folder in out.parents if not folder.exists()]
+        new = not partial.exists()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial.open("ab").close()
         finally:
-            if new:
-                path.unlink(missing_ok=True)
-            for folder in new_folders:
-                if folder.exists():
-                    folder.rmdir()
+            if new and partial.exists():
+                partial.unlink()
+            for folder in filter(Path.exists, new_folders):
+                folder.rmdir()
 
 
 class _PartialFile:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 import fastd2o as package
 from fastd2o import cli
-from fastd2o.cli import doctor
+from fastd2o.cli import doctor, train
+from fastd2o.cli.arguments import in_options
 from tests.cli.conftest import start
 
 
@@ -92,6 +94,11 @@ def test_usage_errors_are_one_line(fastd2o, arguments, message):
             1,
             "the package 'peft' is not installed. Fix: pip install 'fastd2o[train]'",
         ),
+        (
+            PackageNotFoundError("The 'deepspeed>=0.9.3' distribution was not found and is required by this app."),
+            1,
+            "the package 'deepspeed' is not installed. Fix: pip install deepspeed",
+        ),
         (KeyError("x"), 1, "KeyError: 'x' (unexpected: run again with --debug for the traceback)"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -132,11 +139,35 @@ def test_own_warnings_are_lines_and_those_of_libraries_are_silent(fastd2o, monke
     assert "odd" in fastd2o("doctor", "--debug").err
 
 
+def test_help_tells_a_default_of_zero(fastd2o):
+    assert "of every draw (default: 0)" in fastd2o("sample", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("message", "spelled"),
+    [
+        ("set truncate_prompt=True to cut", "set --truncate_prompt to cut"),
+        ("set bad_rows=\"drop\" or bad_rows='drop'", "set --bad_rows drop or --bad_rows drop"),
+        ("disable_dropout=False, or lora_dropout=0", "--disable_dropout false, or --lora_dropout 0"),
+        ("within max_length=24: 1 row", "within --max_length 24: 1 row"),
+        ("simpo_gamma=0.5.", "--simpo_gamma 0.5."),
+        (
+            "train(bad_rows='drop') and x/seed=3,'seed=3' stay, needs=3 too",
+            "train(bad_rows='drop') and x/seed=3,'seed=3' stay, needs=3 too",
+        ),
+        ("beta is -1", "beta is -1"),
+    ],
+)
+def test_messages_are_put_in_options(message, spelled):
+    assert in_options(message, train.parents()[0]) == spelled
+
+
 def test_help_of_train_begins_with_what_a_run_needs(fastd2o):
     text = fastd2o("train", "--help").out
     places = [text.index(f"\n  --{name} ") for name in ("model", "output_dir", "objective", "beta", "learning_rate")]
     assert places == sorted(places)
     assert "--output-dir" not in text
+    assert "The same as --disable_dropout false." in " ".join(text.split())
     assert fastd2o("train", "--output-dir").error.startswith(
         "argument --output_dir/--output-dir: expected one argument"
     )

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fastd2o.training.sampling import sample_anchors
+from fastd2o.training.sampling import INSTRUCTIONS, sample_anchors
 from tests.cli.conftest import start
 from tests.cli.tiny import CHAT_ROWS, TEXT_ROWS, read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
 
@@ -27,6 +27,7 @@ def test_result_is_that_of_the_function(fastd2o, model_dir, tmp_path, rows):
     )
     assert read_jsonl(out) == expected
     assert "12 │ of 12 asked for" in result.out
+    assert f"Instruction, for generation only: {INSTRUCTIONS['harmless']}" in result.out
     assert f"Next: fastd2o train --model {model_dir} --dataset {out} --objective d2o" in result.out
     assert [line for line in result.err.splitlines() if line and not line.startswith("Sampling: ")] == []
 
@@ -102,13 +103,16 @@ def test_bad_datasets(fastd2o, model_dir, tmp_path, content, message):
         (("--model", "text.jsonl"), "--model: '{tmp}/text.jsonl' is a file"),
         (("--model", "."), "--model: the folder '{tmp}/.' has no config.json"),
         (("--dataset", "nowhere.jsonl"), "--dataset: there is no file '{tmp}/nowhere.jsonl'"),
-        (("--out", "text.jsonl"), "{tmp}/text.jsonl exists"),
+        (("--out", "text.jsonl"), "{tmp}/text.jsonl is the dataset, which the result would replace"),
+        (("--out", "other.jsonl"), "{tmp}/other.jsonl exists. Fix: choose another file, or --overwrite to replace it"),
+        (("--out", "text.jsonl/out.jsonl"), "{tmp}/text.jsonl/out.jsonl cannot be written: "),
         (("--out", "out.txt"), "{tmp}/out.txt does not end in .jsonl"),
     ],
 )
 def test_bad_paths(fastd2o, model_dir, text_rows, tmp_path, change, message):
     arguments = {"--model": model_dir, "--dataset": text_rows, "--out": tmp_path / "out.jsonl"}
     arguments[change[0]] = f"{tmp_path}/{change[1]}"
+    write_jsonl(tmp_path / "other.jsonl", TEXT_ROWS)
     before = files(tmp_path)
     result = fastd2o("sample", *(word for pair in arguments.items() for word in pair), *FAST)
     assert result.code == 1
@@ -118,21 +122,29 @@ def test_bad_paths(fastd2o, model_dir, text_rows, tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (("--num_anchors", 0), "num_anchors is 0; expected at least 1"),
-        (("--temperature", 0), "temperature is 0.0; expected a number above 0"),
-        (("--top_p", 2), "top_p is 2.0"),
-        (("--max_new_tokens", 400), "{tmp}/text.jsonl, line 1: the prompt has"),
+        (("--num_anchors", 0), 2, "num_anchors is 0; expected at least 1"),
+        (("--temperature", 0), 2, "temperature is 0.0; expected a number above 0"),
+        (("--top_p", 2), 2, "top_p is 2.0"),
+        (("--instruction", "harmles"), 2, "instruction is 'harmles', which is no name of an instruction"),
+        (("--max_new_tokens", 400), 1, "{tmp}/text.jsonl, line 1: the prompt has"),
     ],
 )
-def test_bad_options(fastd2o, model_dir, text_rows, tmp_path, options, message):
+def test_bad_options(fastd2o, model_dir, text_rows, tmp_path, options, code, message):
     result = fastd2o(
         "sample", "--model", model_dir, "--dataset", text_rows, "--out", tmp_path / "out.jsonl", *FAST, *options
     )
-    assert result.code == 1
+    assert result.code == code
     assert result.error.startswith(message.format(tmp=tmp_path))
     assert files(tmp_path) == ["text.jsonl"]
+
+
+def test_messages_speak_of_options(fastd2o, model_dir, tmp_path):
+    dataset = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "the cat " * 300, "rejected": " b"}])
+    result = fastd2o("sample", "--model", model_dir, "--dataset", dataset, "--out", tmp_path / "out.jsonl", *FAST)
+    assert "with --max_new_tokens 8 that is more than" in result.error
+    assert result.error.endswith("or set --bad_rows drop to leave such rows out")
 
 
 def test_conversation_without_a_chat_template(fastd2o, chat_rows, tmp_path):

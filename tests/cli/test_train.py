@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.cli.conftest import start
 from tests.cli.tiny import CHAT_ROWS, TEXT_ROWS, save_tiny_model, write_jsonl
 
 PAIRS = [{**row, "chosen": " that is a kind thing to say"} for row in TEXT_ROWS]
@@ -83,13 +85,15 @@ def test_config_gives_defaults_and_the_command_line_wins(fastd2o, model_dir, pai
     config.write_text(
         f"model: {model_dir}\ndataset: {pairs}\noutput_dir: {out}\nobjective: [dpo, npo]\nobjective_weights: [1, 0.5]\n"
         "beta: 0.2\nlearning_rate: 1e-4\nuse_cpu: true\nmax_steps: 1\nlogging_first_step: yes\nwarmup_steps: null\n"
-        "lr_scheduler_kwargs: {}\n"
+        "lr_scheduler_kwargs: {}\nsave_strategy: no\nliger_kernel_config: {rope: false}\n"
     )
     assert fastd2o("train", "--config", config, "--beta", 0.3, "--logging_first_step", "false").code == 0
     options = options_of(out)
     assert (options.beta, options.learning_rate, options.max_steps) == (0.3, 1e-4, 1)
     assert (options.objective, options.objective_weights) == (["dpo", "npo"], [1.0, 0.5])
     assert options.use_cpu is True
+    assert options.save_strategy == "no"
+    assert options.liger_kernel_config == {"rope": False}
     assert options.logging_first_step is False
 
 
@@ -100,7 +104,12 @@ def test_config_gives_defaults_and_the_command_line_wins(fastd2o, model_dir, pai
         ("config: other.yaml", "unknown key 'config'"),
         ("- a", "holds a list; write one 'option: value' per line"),
         ("a: [", "is not valid YAML"),
-        ("beta: much", "argument --beta: invalid float value: 'much'"),
+        ("beta: much", "run.yaml: beta: invalid float value: 'much'"),
+        ("max_steps: [1]", "run.yaml: max_steps: found the list [1], expected one value"),
+        ("objective: []", "run.yaml: objective: found an empty list"),
+        ("optim_args: {a: 1}", "run.yaml: optim_args: found the mapping {'a': 1}, expected a value"),
+        ("eval_strategy: sometimes", "run.yaml: eval_strategy: invalid choice: 'sometimes'"),
+        ("no_disable_dropout: 3", "run.yaml: no_disable_dropout: found 3, expected true or false"),
     ],
 )
 def test_bad_config(fastd2o, model_dir, pairs, out, tmp_path, content, message):
@@ -133,6 +142,28 @@ def test_resume_ends_like_a_run_that_was_never_stopped(fastd2o, model_dir, pairs
     result = fastd2o(*command, "--output_dir", out.parent / "other", "--resume_from_checkpoint", out / "nowhere")
     assert result.code == 1
     assert "is not a checkpoint" in result.error
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "message"),
+    [
+        (1, "interrupted; the same command with --resume_from_checkpoint goes on from {out}/checkpoint-"),
+        (10**6, "interrupted before the first checkpoint (see --save_steps), so the run begins anew"),
+    ],
+)
+def test_interrupted(model_dir, pairs, out, save_steps, message):
+    process = start(
+        *("train", "--model", model_dir, "--dataset", pairs, "--objective", "dpo", "--output_dir", out, *FAST),
+        *("--max_steps", 10**6, "--save_steps", save_steps, "--save_total_limit", 2, "--disable_tqdm"),
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith(f"fastd2o: error: {message.format(out=out)}")
+    assert len(errors.splitlines()) == 1
 
 
 def test_another_run_is_only_replaced_when_asked(fastd2o, model_dir, pairs, out):
@@ -184,9 +215,12 @@ def test_references_and_evaluation(fastd2o, model_dir, out, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--objective", "d20"), 1, "d20"),
-        (("--beta", "-1"), 1, "beta is -1.0"),
-        (("--alpha", "0.1"), 1, "alpha is set, but the objective dpo does not read it"),
+        (("--objective", "d20"), 2, "d20"),
+        (("--beta", "-1"), 2, "beta is -1.0"),
+        (("--alpha", "0.1"), 2, "alpha is set, but the objective dpo does not read it"),
+        (("--objective_weights", "1", "2"), 2, "objective_weights is [1.0, 2.0]"),
+        (("--ref_cache_dir", "x"), 2, "Fix: --precompute_ref_log_probs as well"),
+        (("--overwrite", "--resume_from_checkpoint"), 2, "overwrite and resume_from_checkpoint contradict each other"),
         (("--lora_r", "4"), 2, "--lora_r is set, but no adapter is trained. Fix: add --use_peft"),
         (("--use_peft", "--lora_dropout", "0.1"), 2, "--lora_dropout is set, but all dropout is off"),
         (("--model", "nowhere/model"), 1, "--model: there is no folder"),
@@ -194,7 +228,8 @@ def test_references_and_evaluation(fastd2o, model_dir, out, tmp_path):
         (("--harmful_ref_model", "/nowhere"), 1, "--harmful_ref_model: there is no folder '/nowhere'"),
         (("--dataset", "/nowhere.jsonl"), 1, "--dataset: there is no file '/nowhere.jsonl'"),
         (("--eval_dataset", "/nowhere.jsonl"), 1, "--eval_dataset: there is no file '/nowhere.jsonl'"),
-        (("--max_length", "4"), 1, "6 of 6 rows cannot be used: prompt leaves no room"),
+        (("--max_length", "4"), 1, "6 of 6 rows cannot be used: prompt leaves no room within --max_length 4"),
+        (("--max_length", "4"), 1, "or set --truncate_prompt to cut prompts on the left; or set --bad_rows drop"),
         (("--resume_from_checkpoint",), 1, "there is no checkpoint to resume from"),
     ],
 )

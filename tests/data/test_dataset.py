@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from fastd2o import DataError, FastD2OWarning
 from fastd2o.data import Needs, PreferenceDataset, PromptSuffix, build_dataset
 from fastd2o.data import groups as reasons
-from tests.data.toy_tokenizers import CHATML, FORGETFUL, LLAMA2, WordTokenizer, bpe_tokenizer, decode
+from fastd2o.data.render import OTHER_OPENING, REWRITTEN_TURNS
+from tests.data.toy_tokenizers import CHATML, FORGETFUL, HIDDEN_THOUGHT, LLAMA2, WordTokenizer, bpe_tokenizer, decode
 
 PAIR = {"prompt": "What color is the sky?", "chosen": " The sky is blue.", "rejected": " It is green."}
 NEGATIVE = {"prompt": "What color is the sky?", "rejected": " It is green."}
@@ -172,6 +173,16 @@ class TestAnchors:
         assert [after for _, after in texts(dataset)] == [" It is green.</s>", " It is grey.</s>"]
         assert dataset.report.repaired == {reasons.EMPTY_ANCHOR: [1]}
 
+    def test_cut_ones_have_no_end(self):
+        dataset = build([{**ANCHORED, "anchor_cut": [True, False]}])
+        assert [after for _, after in texts(dataset)] == [" It is green.</s>", " It is grey.", " The sky is blue.</s>"]
+        assert dataset.report.clean
+
+    def test_where_sampling_gave_none_the_row_is_dropped(self):
+        dataset = build([PAIR, {**PAIR, "anchors": []}])
+        assert [group.line for group in dataset.groups] == [1]
+        assert dataset.report.dropped == {"no positive": [2]}
+
     def test_those_equal_to_the_negative_are_removed(self):
         dataset = build([{**NEGATIVE, "anchors": [" It is green.", " It is grey.", " It is green."]}, PAIR])
         assert len(dataset[0].positives) == 1
@@ -281,8 +292,14 @@ def test_rewritten_prompts_are_counted():
     prompt = [{"role": ["user", "assistant"][index % 2], "content": text} for index, text in enumerate(turns)]
     row = {"prompt": prompt, "rejected": [{"role": "assistant", "content": "d"}]}
     tokenizer = bpe_tokenizer(FORGETFUL)
-    assert build([row], tokenizer, needs=Needs.NEGATIVE).report.repaired == {reasons.REWRITTEN_PROMPT: [1]}
+    assert build([row], tokenizer, needs=Needs.NEGATIVE).report.repaired == {REWRITTEN_TURNS: [1]}
     assert build([row], bpe_tokenizer(CHATML), needs=Needs.NEGATIVE).report.clean
+
+
+def test_a_generation_prompt_of_its_own_is_not_taken_for_rewritten_turns():
+    row = {"prompt": [{"role": "user", "content": "a"}], "rejected": [{"role": "assistant", "content": "d"}]}
+    report = build([row], bpe_tokenizer(HIDDEN_THOUGHT), needs=Needs.NEGATIVE).report
+    assert report.repaired == {OTHER_OPENING: [1]}
 
 
 def test_slow_tokenizers():

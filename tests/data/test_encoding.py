@@ -6,10 +6,11 @@ from copy import deepcopy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from fastd2o import DataError
 from fastd2o.data import PromptSuffix, Row, parse_row
-from fastd2o.data.render import BadRow, Renderer
+from fastd2o.data.render import OTHER_OPENING, REWRITTEN_TURNS, BadRow, Renderer
 from fastd2o.data.tokenize import Encoder
 from tests.data.toy_tokenizers import (
     CHATML,
@@ -124,7 +125,7 @@ class TestConversation:
         encoded = encode(tokenizer, [user("sky?")], [assistant("green")])
         prompt = "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
         assert halves(tokenizer, encoded) == (prompt, "green<|im_end|>\n")
-        assert not encoded.rewritten
+        assert encoded.repair is None
 
     def test_bos_in_the_template_comes_once(self):
         tokenizer = bpe_tokenizer(LLAMA2)
@@ -146,7 +147,7 @@ class TestConversation:
         turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
         assert before == turns + "<|im_start|>assistant\n"
         assert after == ("" if "<think>" in answer else "<think>\n\n</think>\n\n") + answer + "<|im_end|>\n"
-        assert encoded.rewritten
+        assert encoded.repair == REWRITTEN_TURNS
 
     @pytest.mark.parametrize("answer", ["green", "<think>", "0", "\n x"])
     def test_a_generation_prompt_that_the_conversation_does_not_show(self, answer):
@@ -155,7 +156,7 @@ class TestConversation:
         before, after = halves(tokenizer, encoded)
         assert before == "<|im_start|>user\n<think> sky?<|im_end|>\n<|im_start|>assistant\n"
         assert after == answer + "<|im_end|>\n"
-        assert encoded.rewritten
+        assert encoded.repair == OTHER_OPENING
 
     def test_an_earlier_turn_that_looks_like_the_generation_prompt(self):
         tokenizer = bpe_tokenizer(HIDDEN_THOUGHT)
@@ -194,6 +195,47 @@ class TestConversation:
     def test_a_template_that_refuses(self):
         with pytest.raises(BadRow, match=r"refused by the chat template \(roles must alternate\)"):
             encode(bpe_tokenizer(LLAMA2), [assistant("a")], [assistant("b")])
+
+
+def encode_cut(tokenizer, prompt, anchor):
+    """The same anchor cut and whole, both encoded."""
+    data = {"prompt": prompt, "rejected": anchor, "anchors": [anchor, anchor], "anchor_cut": [True, False]}
+    _, cut, whole = Encoder(tokenizer)(Renderer(tokenizer)(parse_row(Row(1, data))))
+    return cut, whole
+
+
+class TestCutAnchors:
+    """What a length limit cut is not taught as a finished answer."""
+
+    @no_deadline
+    @given(st.text(min_size=1, max_size=20))
+    def test_text_gets_no_eos(self, answer):
+        cut, whole = encode_cut(bpe_tokenizer(), "sky?", answer)
+        assert (*cut.ids, EOS) == whole.ids
+        assert cut.start == whole.start
+
+    def test_text_loses_the_eos_of_a_tokenizer_that_closes_every_text(self):
+        tokenizer = deepcopy(bpe_tokenizer())
+        closing = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+        tokenizer.backend_tokenizer.post_processor = closing
+        cut, whole = encode_cut(tokenizer, "sky?", " green")
+        assert halves(tokenizer, cut) == ("<s>sky?", " green")
+        assert halves(tokenizer, whole) == ("<s>sky?", " green</s>")
+
+    @no_deadline
+    @given(contents, contents)
+    @pytest.mark.parametrize("template", [CHATML, LLAMA2, FORGETFUL, HIDDEN_THOUGHT, OPEN_ENDED])
+    def test_a_conversation_ends_with_the_last_word(self, template, prompt, answer):
+        tokenizer = bpe_tokenizer(template)
+        cut, whole = encode_cut(tokenizer, [user(prompt)], [assistant(answer)])
+        ending = {LLAMA2: " </s>", OPEN_ENDED: "\n</s>"}.get(template, "<|im_end|>\n")
+        assert "".join(halves(tokenizer, cut)) + ending == "".join(halves(tokenizer, whole))
+        assert (cut.start, cut.repair) == (whole.start, whole.repair)
+
+    def test_slow_tokenizer(self):
+        tokenizer = WordTokenizer(chat_template=OPEN_ENDED)
+        cut, _ = encode_cut(tokenizer, [user("sky?")], [assistant("green")])
+        assert halves(tokenizer, cut) == ("user: sky?\nassistant: ", "green")
 
 
 class TestSlowTokenizer:

@@ -58,11 +58,20 @@ class TestEveryFormat:
         assert group.positives == tuple(Completion(frozen(say(text))) for text in expected)
         assert group.sampled is (expected != ("c",))
 
-    @pytest.mark.parametrize("anchors", [{}, {"anchors": []}, {"anchors": None}])
+    @pytest.mark.parametrize("anchors", [{}, {"anchors": None}])
     def test_without_anchors(self, ask, say, anchors):
         data = {"prompt": ask("p"), "chosen": say("c"), "rejected": say("r"), **anchors}
         assert parse(data).positives == (Completion(frozen(say("c"))),)
         assert parse(data, positives="anchors").positives == ()
+
+    def test_sampling_that_gave_nothing_is_not_made_up_for_by_the_chosen(self, ask, say):
+        data = {"prompt": ask("p"), "chosen": say("c"), "rejected": say("r"), "anchors": []}
+        assert (parse(data).positives, parse(data).sampled) == ((), True)
+        assert parse(data, positives="chosen").positives == (Completion(frozen(say("c"))),)
+
+    def test_anchors_that_were_cut(self, ask, say):
+        data = {"prompt": ask("p"), "rejected": say("r"), "anchors": [say("a"), say("b")], "anchor_cut": [False, True]}
+        assert parse(data).positives == (Completion(frozen(say("a"))), Completion(frozen(say("b")), cut=True))
 
     def test_anchors_beside_a_labelled_negative(self, ask, say):
         group = parse({"prompt": ask("p"), "completion": say("r"), "label": False, "anchors": [say("a")]})
@@ -145,6 +154,14 @@ def test_implicit_conversation_prompt():
         ({"prompt": "p", "completion": "c", "label": "bad"}, "label is 'bad'"),
         ({"prompt": "p", "rejected": "r", "anchors": "a"}, "anchors is a str"),
         ({"prompt": "p", "rejected": "r", "anchors": ["a", 1]}, r"anchors\[1\] is a int"),
+        (
+            {"prompt": "p", "rejected": "r", "anchors": ["a"], "anchor_cut": [True, False]},
+            "line 7: anchor_cut must be a list of 1 booleans, one per anchor",
+        ),
+        (
+            {"prompt": "p", "rejected": "r", "anchors": ["a"], "anchor_cut": ["no"]},
+            r"line 7: anchor_cut\[0\] is 'no'\. Fix: true where",
+        ),
         (
             {"prompt": "p", "rejected": "r", "anchors": [[assistant("a")]]},
             "prompt is text but a completion is messages",

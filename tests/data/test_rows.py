@@ -39,6 +39,8 @@ def test_jsonl_splits_at_newlines_only(tmp_path):
         (b'{"prompt": "a"}\n{"prompt": "\xff"}', r"line 2: broken JSON: 'utf-8' codec can't decode.*UTF-8"),
         ('{"prompt": "a"}\n["b"]', r"line 2: found a list\. Fix: every row must be an object"),
         ("null", r"line 1: found a NoneType"),
+        (f'{{"prompt": "a"}}\n{{"prompt": {"1" * 5000}}}', r"d\.jsonl, line 2: broken JSON: .*digits.*Fix:"),
+        ('{"prompt": ' + "[" * 100_000, r"d\.jsonl, line 1: broken JSON: .*recursion.*Fix:"),
         ("", r"d\.jsonl is empty"),
         ("\n \n", r"d\.jsonl is empty"),
     ],
@@ -60,6 +62,8 @@ def test_json_is_one_list(tmp_path):
         ('{"prompt": "a"}', r"holds a dict, not a list\. Fix: a \.json file holds one list"),
         ('{"prompt": "a"}\n{"prompt": "b"}', r"broken JSON: Extra data: line 2.*name a file .* \.jsonl"),
         ('[{"prompt": "a"}, 3]', "row 2: found a int"),
+        ("[" + "1" * 5000 + "]", r"d\.json: broken JSON: .*digits"),
+        ("[" * 100_000, r"d\.json: broken JSON: .*recursion"),
     ],
 )
 def test_broken_json(tmp_path, content, message):

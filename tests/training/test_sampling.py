@@ -115,10 +115,10 @@ def test_every_format_with_a_negative_is_sampled(tokenizer, model):
         {"prompt": "b", "completion": " good", "label": True},
         {"prompt": "c", "completion": " bad", "label": False},
         {"chosen": "say it well", "rejected": "say it badly"},
-        {"prompt": "d", "rejected": " bad", "anchors": [" old"], "ref_anchor_logps": [-1.0]},
+        {"prompt": "d", "rejected": " bad", "anchors": [" old"], "ref_anchor_logps": [-1.0], "anchor_cut": [True]},
     ]
     drawn = draw(model, tokenizer, rows)
-    assert all(len(row.pop("anchors")) == 3 for row in drawn)
+    assert all(len(row.pop("anchors")) == len(row.pop("anchor_cut")) == 3 for row in drawn)
     assert drawn == [
         {"prompt": "a", "chosen": " good", "rejected": " bad", "id": 7},
         {"prompt": "c", "rejected": " bad"},
@@ -212,6 +212,19 @@ def test_samples_stop_at_the_end_of_turn_of_the_template(tokenizer, model):
     chatty = model_that_says(tokenizer, [end, tokenizer.convert_tokens_to_ids("a")])
     report = counts_of(chatty, tokenizer, CHAT_ROWS, max_new_tokens=60, max_redraws=30)
     assert (report.anchors, report.cut) == (18, 0)
+
+
+@pytest.mark.parametrize("rows", [TEXT_ROWS, CHAT_ROWS])
+def test_a_cut_sample_is_not_trained_on_as_a_finished_answer(tokenizer, rows):
+    letters = tokenizer.convert_tokens_to_ids(["a", "b"])
+    babbling = model_that_says(tokenizer, [tokenizer.eos_token_id, *letters])
+    drawn = draw(babbling, tokenizer, rows, num_anchors=6, max_new_tokens=3)
+    cut = [flag for row in drawn for flag in row["anchor_cut"]]
+    assert {True, False} == set(cut)
+    dataset = build_dataset(drawn, tokenizer, needs=Needs.PAIR)
+    positives = [group.sequences[index] for group in dataset.groups for index in group.positives]
+    for sequence, flag in zip(positives, cut, strict=True):
+        assert (set(sequence.completion_ids) <= set(letters)) is flag
 
 
 def test_text_keeps_the_space_that_a_decoder_drops(model):
@@ -320,6 +333,9 @@ def test_an_adapter_draws_and_keeps_its_recipe(tokenizer, model):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"bad_rows": "ignore"}, "bad_rows is 'ignore'"),
+        ({"instruction": "harmles"}, "instruction is 'harmles', which is no name .* Fix: 'harmless', or a sentence"),
+        ({"instruction": "Honest"}, "Fix: 'honest'"),
+        ({"instruction": " None "}, "Fix: 'none'"),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -502,7 +518,7 @@ def test_the_beginning_of_another_run_is_refused(tokenizer, model, tmp_path, mon
     options = SamplingOptions(**{**vars(OPTIONS), **change})
     with pytest.raises(fastd2o.FastD2OError, match=named) as error:
         sample_file(other, tokenizer, rows, out, options, progress=False)
-    assert "--overwrite" in str(error.value)
+    assert "overwrite=True" in str(error.value)
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
     sample_file(other, tokenizer, rows, out, options, overwrite=True, progress=False)
     assert [row["anchors"] for row in read_jsonl(out)] == [
@@ -544,3 +560,30 @@ def test_the_file_is_json_lines_in_utf8(tokenizer, model, tmp_path):
     (line,) = Path(out).read_bytes().decode("utf-8").rstrip("\n").split("\n")
     assert json.loads(line)["prompt"] == "say é\u2028"
     assert "é" in line
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "link.jsonl"])
+def test_the_dataset_is_never_overwritten(tokenizer, model, tmp_path, name):
+    dataset = write_jsonl(tmp_path / "out.jsonl", TEXT_ROWS)
+    (tmp_path / "link.jsonl").symlink_to(dataset)
+    with pytest.raises(fastd2o.FastD2OError, match=r"is the dataset, which .* Fix: choose another file"):
+        sample_file(model, tokenizer, dataset, tmp_path / name, OPTIONS, overwrite=True, progress=False)
+    assert read_jsonl(dataset) == TEXT_ROWS
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_drawn(tokenizer, model, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "file", [])
+    written = write_chunks(monkeypatch, 0)
+    with pytest.raises(fastd2o.FastD2OError, match="cannot be written: Not a directory") as error:
+        sample_file(model, tokenizer, TEXT_ROWS, tmp_path / "file" / "new" / "out.jsonl", OPTIONS, progress=False)
+    assert "stay" not in str(error.value)
+    assert written == []
+
+
+def test_checking_the_place_leaves_nothing(tmp_path):
+    sampling_file.check_output(tmp_path / "a" / "b" / "out.jsonl", [], overwrite=False)
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(b"begun")
+    sampling_file.check_output(tmp_path / "out.jsonl", [], overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == [partial.name]
+    assert partial.read_bytes() == b"begun"
