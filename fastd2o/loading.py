@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,9 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with _one_line_errors(name, flag, "model"):
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(name, **options)
-    model, info = loaded
-    _check_complete(name, flag, info)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **options)
+    model: PreTrainedModel = loaded[0]
+    _check_complete(name, flag, loaded[1])
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model
@@ -105,7 +106,9 @@ def load_tokenizer(name: str, *, flag: str = "--model", trust_remote_code: bool 
 def _check_complete(name: str, flag: str, info: dict[str, Any]) -> None:
     """Raise if ``from_pretrained`` filled a weight with random numbers, which it does for all it does not find."""
     absent, misshapen = sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"])
-    problems = [f"{_listed(keys)} {what}" for keys, what in ((absent, "missing"), (misshapen, "of another shape")) if keys]
+    problems = [
+        f"{_listed(keys)} {what}" for keys, what in ((absent, "missing"), (misshapen, "of another shape")) if keys
+    ]
     problems += info["error_msgs"]
     if problems:
         raise FastD2OError(
@@ -132,6 +135,7 @@ def _check_device(device: str) -> None:
         ) from error
 
 
+_COPY_AGAIN = "copy or download the model again"
 # What from_pretrained says in many lines or without a way out: what to look for, the reason to give instead (None: its
 # own first line), and the fix.
 _KNOWN = (
@@ -147,11 +151,8 @@ _KNOWN = (
         "save the tokenizer beside the model (tokenizer.save_pretrained); one made with sentencepiece or tiktoken also "
         "needs that package",
     ),
-    (
-        "while deserializing header",
-        "a .safetensors file in it is truncated or damaged",
-        "copy or download the model again",
-    ),
+    ("while deserializing header", "a .safetensors file in it is cut short or damaged", _COPY_AGAIN),
+    ("Weights only load failed", "a .bin file in it is damaged, or holds more than weights", _COPY_AGAIN),
 )
 _ATTENTION = re.compile(r"attn_implementation|flash.?att|flex.?att", re.IGNORECASE)
 
@@ -163,7 +164,7 @@ def _one_line_errors(name: str, flag: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         text = str(error).replace(name, "")  # a path proves nothing about what went wrong
         if _ATTENTION.search(text):
             raise FastD2OError(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import fastd2o
 from fastd2o.cli.demo_world import Lesson, World
 from fastd2o.data import Needs, PreferenceCollator, build_dataset
+from fastd2o.memory import measure_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -197,23 +193,6 @@ def measure_head(hidden: Tensor, weight: Tensor, target: Tensor) -> HeadMemory:
 
     def peak(logprob: Callable[[Tensor, Tensor], Tensor]) -> int:
         inputs = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        return _peak_allocated(lambda: torch.autograd.grad(logprob(*inputs).sum(), inputs))
+        return measure_memory(lambda: torch.autograd.grad(logprob(*inputs).sum(), inputs), warm_up=False).peak
 
     return HeadMemory(len(target), len(weight), peak(full), peak(fused))
-
-
-def _peak_allocated(run: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once while ``run`` runs, beyond those alive before."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own start and stop on the terminal
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak

@@ -30,6 +30,7 @@ from fastd2o.models.head import InstanceState, close_heads, is_dtensor, open_hea
 from fastd2o.models.output import FusedCausalLMOutput
 from fastd2o.models.relay import Relay
 from fastd2o.models.transform import HeadTransform, measure
+from fastd2o.ops.backends import resolve
 from fastd2o.ops.checks import check_target
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,9 +67,9 @@ def attach(model: Model, *, backend: str | None = None) -> Model:
     Without ``fused``, the model does what it always did; generation does not change. A fused forward runs with
     ``use_cache=False`` unless told otherwise.
 
-    How the model scales and caps its logits is measured on a forward of two tokens: now, or on the first fused call
-    if the model cannot run yet (weights on ``meta``, offloaded or sharded; kernels for another device). Attaching
-    again changes nothing but `backend`.
+    How the model scales and caps its logits, and that it is causal, is measured on a tiny forward: now, or on the
+    first fused call if the model cannot run yet (weights on ``meta``, offloaded or sharded; kernels for another
+    device). Attaching again changes nothing but `backend`.
 
     Args:
         model: a ``transformers`` causal LM, or PEFT, DDP, FSDP, DeepSpeed or ``torch.compile`` around one.
@@ -79,10 +80,12 @@ def attach(model: Model, *, backend: str | None = None) -> Model:
 
     Raises:
         TypeError: `model` is not, and does not wrap, a ``transformers`` model.
-        FastD2OError: a model that cannot be served: no causal language-modelling head, an encoder-decoder, an adapter
-            or quantisation on the head, tensor parallelism, prompt tuning, logits changed other than by scaling and
-            tanh-capping. The message names the fix.
+        ValueError: a `backend` that does not exist, or cannot serve here.
+        FastD2OError: a model that cannot be served: no causal language-modelling head, an encoder (one loaded as a
+            causal LM too) or encoder-decoder, an adapter or quantisation on the head, tensor parallelism, prompt
+            tuning, logits changed other than by scaling and tanh-capping. The message names the fix.
     """
+    resolve(backend)
     causal_lm = _unwrap(model)
     attached: _Attachment | None = causal_lm.__dict__.get(_ATTACHMENT)
     if attached is not None:
@@ -270,6 +273,21 @@ def _token_log_probs(
     labels = labels.to(hidden.device)
     check_target("labels", labels, hidden)
     # The targets move to the hidden states that predict them, not the other way round: that would copy the latter.
-    log_probs = ops.linear_logprob(hidden, weight, ops.shift_labels(labels), **options)
+    try:
+        log_probs = ops.linear_logprob(hidden, weight, ops.shift_labels(labels), **options)
+    except ValueError:
+        _check_labels(labels, weight.shape[0])  # the caller knows labels, not the targets made of them
+        raise
     assert isinstance(log_probs, torch.Tensor)  # and not the tuple that comes with stats
     return F.pad(log_probs[:, :-1], (1, 0))
+
+
+def _check_labels(labels: torch.Tensor, vocab_size: int) -> None:
+    outside = (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    outside[:, 0] = False  # nothing precedes the first token: its label does not count
+    if outside.any():
+        row, place = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels[{row}, {place}] is {labels[row, place].item()} ({int(outside.sum())} such in all), but the model "
+            f"has {vocab_size} tokens. Fix: ids in [0, {vocab_size}), or -100 where not to score"
+        )

@@ -9,17 +9,16 @@ forward can. Let the head answer with numbers of our choice, and read off what t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from fastd2o.errors import FastD2OError
 from fastd2o.models.head import open_heads, projecting
+from fastd2o.models.mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ _ORDINARY = (0.5, -1.0, 0.0, 3.25, -7.5, 12.0, -25.0, 40.0, 75.0, -110.0)
 
 
 def measure(model: PreTrainedModel, forward: Callable[..., Any], device: torch.device) -> HeadTransform:
-    """Run the model on two tokens, in evaluation mode and without gradient, and fit what happens after the head.
+    """Run the model on pairs of tokens, in evaluation mode and without gradient, and fit what happens after the head.
+
+    The two pairs differ in their second token, which a causal model cannot see from the first.
 
     Args:
         model: a causal LM whose weights are ready to run.
@@ -56,12 +57,14 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], device: torch.d
         device: of the input.
 
     Raises:
-        FastD2OError: the logits are not a scaled and capped image of the head's outputs.
+        FastD2OError: a token sees those after it, or the logits are not a scaled and capped image of the head's
+            outputs.
     """
-    probes = torch.empty(0)
+    seen = probes = torch.empty(0)
 
     def probe(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        nonlocal probes
+        nonlocal seen, probes
+        seen = hidden
         probes = _probes(hidden, columns=weight.shape[0])
         return probes.clone()  # the model may scale and cap in place
 
@@ -70,14 +73,27 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], device: torch.d
     with (
         torch.no_grad(),
         torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
-        _evaluating(model),
+        evaluating(model),
         projecting(heads, probe),
     ):
-        output = forward(input_ids=_ordinary_tokens(model).to(device), return_dict=True)
+        output = forward(input_ids=_ordinary_tokens(model).to(device), return_dict=True, use_cache=False)
     name = type(model).__name__
+    _check_causal(name, seen)
     if getattr(output, "logits", None) is None:
         raise FastD2OError(f"{name} returns no logits. Fix: load the model with AutoModelForCausalLM.from_pretrained")
     return _fit(name, probes, output.logits)
+
+
+def _check_causal(name: str, hidden: torch.Tensor) -> None:
+    """``hidden [2, 2, D]``: the first tokens are alike, and so must be what the head gets of them, up to rounding."""
+    first, second = hidden[:, 0].float()
+    # Most models give the same bits; experts chosen for other tokens can make a matrix product round in another way.
+    rounding = max(1e-4, 4 * torch.finfo(hidden.dtype).eps)
+    if (first - second).abs().max() > rounding * first.abs().max():
+        raise FastD2OError(
+            f"{name} is not causal: what it says of a token depends on the tokens after it. Fix: use a decoder-only "
+            "causal LM (an encoder such as BERT predicts masked tokens, not the next one)"
+        )
 
 
 def _probes(hidden: torch.Tensor, columns: int) -> torch.Tensor:
@@ -129,7 +145,7 @@ def _inimitable(name: str, found: str) -> FastD2OError:
 
 
 def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
-    """``[1, 2]`` token ids to which the configuration gives no meaning (padding, image placeholder …)."""
+    """``[2, 2]`` token ids to which the configuration gives no meaning (padding, image placeholder …): a b, a c."""
     config = model.config.get_text_config()
     special = {
         value
@@ -137,15 +153,5 @@ def _ordinary_tokens(model: PreTrainedModel) -> torch.Tensor:
         for key, value in settings.items()
         if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
     }
-    return torch.tensor([[token for token in range(config.vocab_size) if token not in special][:2]])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    first, second, third = [token for token in range(config.vocab_size) if token not in special][:3]
+    return torch.tensor([[first, second], [first, third]])

@@ -5,7 +5,7 @@ leaves at most that folder, which the next run removes; a full disk shows while 
 checkpoint is still there.
 
     output_dir/
-      checkpoint-N/            a checkpoint, with everything needed to resume
+      checkpoint-N/            a checkpoint, with everything needed to resume, and _fastd2o_run.json: what run it is of
       config.json …            the final model
       _fastd2o_run.json        which files the run wrote there
       _incomplete/             what is being written
@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -33,7 +34,12 @@ _INCOMPLETE = "_incomplete"
 _REPLACED = "replaced"
 _MANIFEST = "_fastd2o_run.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+# What saving a model with its tokenizer and its card may write.
+_SAVED_FILES = (
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*.json", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.*", "additional_chat_templates", "*processor_config.json", "README.md"),
+)
 _OPTIMIZER_FILES = ("optimizer*", "global_step*")  # the second is DeepSpeed's
 # torch.save and safetensors tell of a full disk in their own ways.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -56,23 +62,23 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         resume: as for ``Trainer.train``; a run that goes on in its own folder finds what it left there.
 
     Raises:
-        FastD2OError: the folder holds another run, or a model that no run wrote and that would be overwritten.
+        FastD2OError: the folder holds another run, or files that no run wrote and that saving the model would replace.
         ValueError: ``overwrite``, and ``resume`` from this very folder.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise FastD2OError(f"output_dir {str(folder)!r} is a file. Fix: give a folder")
+    ours = _ours(folder)
+    foreign = {path.name for pattern in _SAVED_FILES for path in folder.glob(pattern) if path not in ours}
+    if foreign:
+        raise FastD2OError(
+            f"output_dir {str(folder)!r} holds files that no run wrote there and that saving the model could replace "
+            f"({', '.join(sorted(foreign))}). Fix: choose another output_dir"
+        )
     if resume is True or (resume and Path(resume).resolve().parent == folder.resolve()):
         if overwrite:
             raise ValueError("overwrite and resume_from_checkpoint contradict each other. Fix: leave one of them out")
         return
-    ours = _ours(folder)
-    foreign = [path.name for pattern in _MODEL_FILES for path in folder.glob(pattern) if path not in ours]
-    if foreign:
-        raise FastD2OError(
-            f"output_dir {str(folder)!r} holds a model ({', '.join(sorted(foreign))}) that no run wrote there: it is "
-            "neither replaced nor removed. Fix: choose another output_dir"
-        )
     if ours and not overwrite:
         names = ", ".join(sorted(path.name for path in ours)[:4])
         raise FastD2OError(
@@ -124,6 +130,41 @@ def resolve_checkpoint(output_dir: str | Path, resume: bool | str) -> Path:
             "new run with these weights as its model"
         )
     return path
+
+
+def note_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Note in ``checkpoint`` what run it is of: whatever must be the same for :func:`check_same_run`."""
+    (checkpoint / _MANIFEST).write_text(json.dumps({"run": run}, indent=2), encoding="utf-8")
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on from a ``checkpoint`` of a run that was not ``run``; one without a note is taken as it is.
+
+    Raises:
+        FastD2OError: it was another run; the message names what differs.
+    """
+    path = checkpoint / _MANIFEST
+    if not path.is_file():  # a checkpoint of another trainer
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))["run"]
+    names = [name for name in {**noted, **run} if noted.get(name) != run.get(name)]
+    if names:
+        changes = "; ".join(f"{name} was {noted.get(name)}, now is {run.get(name)}" for name in names)
+        raise FastD2OError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} is of another run: {changes}. Fix: give what that run was "
+            "given, or start a new one, with this checkpoint as its model and another output_dir"
+        )
+
+
+@contextmanager
+def no_empty_folder_left(output_dir: str | Path, *, made: bool) -> Iterator[None]:
+    """Should the block fail before anything was written, remove ``output_dir``, if this process ``made`` it."""
+    try:
+        yield
+    except BaseException:
+        if made and Path(output_dir).is_dir() and not _entries(Path(output_dir)):
+            Path(output_dir).rmdir()
+        raise
 
 
 @contextmanager

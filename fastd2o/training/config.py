@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from fastd2o.ops.backends import resolve
 from fastd2o.training.objectives import OBJECTIVES, OPTIONS, Objective, find_objective
 
 
@@ -61,7 +62,7 @@ class PreferenceConfig(TrainingArguments):
     allow_no_anchor: bool | None = field(
         default=None,
         metadata={
-            "help": "d2o: keep rows that have no anchor, as their negative term alone. Default: they are bad rows."
+            "help": "d2o: keep rows that have no anchor, as their negative term alone. Default: they are left out."
         },
     )
     saturation_threshold: float | None = field(
@@ -127,9 +128,7 @@ class PreferenceConfig(TrainingArguments):
     )
     positives: Literal["auto", "chosen", "anchors"] = field(
         default="auto",
-        metadata={
-            "help": "Where a row's positives come from: its anchors if it has any, else chosen (auto); or one of them."
-        },
+        metadata={"help": "Where a row's positives come from: its anchors if it has that column, else chosen (auto)."},
     )
     bad_rows: Literal["error", "drop"] = field(
         default="error",
@@ -241,6 +240,7 @@ class PreferenceConfig(TrainingArguments):
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of: {', '.join(valid)}")
+        resolve(self.backend)
         if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
             raise ValueError(
                 "ref_cache_dir is set, but nothing is precomputed. Fix: precompute_ref_log_probs=True as well"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import nn
 
 from fastd2o.data import PreferenceDataset, TokenizedGroup, TokenizedSequence, build_dataset
+from fastd2o.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -53,6 +57,47 @@ def prepare_dataset(
     if role == "train" and not mixture.positives:
         data = without_positives(data)
     return with_mismatches(data) if mixture.mismatches else data
+
+
+def check_fits(model: nn.Module, name: str, dataset: PreferenceDataset, role: str) -> None:
+    """Check that ``model`` knows every token of ``dataset`` and has room for every sequence.
+
+    Raises:
+        fastd2o.DataError: it does not; the message calls the model ``name`` and gives the lines and the fix.
+    """
+    known, context = vocabulary(model), context_length(model)
+    lengths = dataset.lengths
+    long = [group.line for group, length in zip(dataset.groups, lengths, strict=True) if length > context]
+    if long:
+        raise DataError(
+            f"{name} reads at most {context:.0f} tokens (max_position_embeddings), but the {role} dataset has "
+            f"sequences of up to {max(lengths)}: {_lines(long)}. Fix: set max_length to {context:.0f} (and "
+            "truncate_prompt, where prompts alone are longer)"
+        )
+    largest = [max(map(max, (sequence.input_ids for sequence in group.sequences))) for group in dataset.groups]
+    unknown = [group.line for group, token in zip(dataset.groups, largest, strict=True) if token >= known]
+    if unknown:
+        raise DataError(
+            f"{name} has embeddings for {known:.0f} tokens, but the {role} dataset has token ids up to {max(largest)}: "
+            f"{_lines(unknown)}. Fix: use the tokenizer that belongs to that model; if tokens were added "
+            "to it, save the model after model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def vocabulary(model: Any) -> float:
+    """How many tokens ``model`` has embeddings for."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+
+
+def context_length(model: Any) -> float:
+    """How many tokens ``model`` was made for, by its configuration; some models without a limit say so with -1."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else math.inf
+
+
+def _lines(lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+    return f"{len(lines)} of its rows (line {shown})" if len(lines) > 1 else f"line {shown}"
 
 
 def without_positives(dataset: PreferenceDataset) -> PreferenceDataset:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastd2o import loading
 
@@ -20,7 +22,8 @@ def load_model(model: nn.Module | str | os.PathLike[str], dtype: str, argument: 
     """``model`` itself, or the causal LM at that path or Hub id, in ``dtype``; errors call it ``argument``.
 
     Raises:
-        FastD2OError: there is no such model.
+        FileNotFoundError: there is no such folder.
+        FastD2OError: there is no such model, or it is not a whole causal LM.
     """
     if isinstance(model, nn.Module):
         return model
@@ -75,6 +78,31 @@ def is_peft(model: nn.Module) -> bool:
 def adapter_has_learnt(model: nn.Module) -> bool:
     """Whether a LoRA adapter of ``model`` changes it already: it is made with B = 0, which changes nothing."""
     return any("lora_B." in name and bool(parameter.any()) for name, parameter in model.named_parameters())
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of ``model`` by name, adapters of PEFT left out."""
+    adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
+    return {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if isinstance(weight, Tensor) and not any(adapter in f"{name}." for adapter in adapters)
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """A quick sha256 of the base weights of ``model``, in hexadecimal: names, shapes and some numbers of each.
+
+    It tells models and their fine-tunings apart, in the time that a hash of every byte would take to start.
+    """
+    sha = hashlib.sha256()
+    for name, weight in base_weights(model).items():
+        sha.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        # Not where reading a number means gathering it from other processes, or where there is none yet.
+        if weight.numel() and type(weight) in (Tensor, nn.Parameter) and not weight.is_meta:
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            sha.update(some.cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def disable_dropout(model: nn.Module) -> None:

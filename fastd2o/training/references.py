@@ -16,8 +16,7 @@ import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -32,8 +31,10 @@ from tqdm.auto import tqdm
 from fastd2o.data import PreferenceCollator, PreferenceDataset
 from fastd2o.errors import FastD2OError, FastD2OWarning
 from fastd2o.models import attach
+from fastd2o.models.mode import evaluating
 from fastd2o.training.checkpoints import REFERENCE_CACHE
-from fastd2o.training.policy import adapter_has_learnt, is_peft, load_model
+from fastd2o.training.datasets import check_fits
+from fastd2o.training.policy import adapter_has_learnt, base_weights, is_peft, load_model
 from fastd2o.training.scoring import Batch, ReferenceLogps, sequence_logp
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Reference:
         """[S] float32 without gradient: the log-probability of every completion."""
         model: Any = self.model
         adapter = model.disable_adapter() if self.adapter_off else nullcontext()
-        with self.accelerator.autocast(), _evaluating(self.model), adapter:
+        with self.accelerator.autocast(), evaluating(self.model), adapter:
             return sequence_logp(self.model, batch)
 
 
@@ -81,6 +82,16 @@ class References:
     helpful: Reference | None
     harmful: Reference | None
     description: str
+
+    def check_fits(self, dataset: PreferenceDataset, role: str) -> None:
+        """Check that the models can score ``dataset``.
+
+        Raises:
+            fastd2o.DataError: a token that one of them does not know, or a sequence that is too long for it.
+        """
+        for reference in (self.helpful, self.harmful):
+            if reference is not None:
+                check_fits(reference.model, f"the reference ({reference.description})", dataset, role)
 
     def __call__(self, batch: Batch) -> ReferenceLogps:
         """The reference log-probabilities of a batch: from its columns, or else from the models."""
@@ -116,6 +127,7 @@ def find_references(
 
     Raises:
         ValueError: a model for what the datasets hold already, or the policy itself as reference.
+        fastd2o.DataError: a dataset that a reference cannot score.
         FastD2OError: no memory for a copy of the policy; weights that are sharded, so that it cannot be copied.
     """
     helpful: Reference | None = None
@@ -131,6 +143,9 @@ def find_references(
     elif harmful_ref_model is not None:
         harmful = _own_model(harmful_ref_model, "harmful_ref_model", policy, accelerator, config)
         description += f"; positives: {harmful.description}"
+    references = References(helpful, harmful, description)
+    for name, data in datasets.items():
+        references.check_fits(data, name.removeprefix("eval "))
     if config.precompute_ref_log_probs:
         cache = Path(config.ref_cache_dir or Path(config.output_dir) / REFERENCE_CACHE)
         scorer = _Scorer(collate, accelerator, config.per_device_eval_batch_size, cache)
@@ -140,9 +155,9 @@ def find_references(
             datasets = {
                 name: data.with_reference(harmful_ref_logps=scorer(harmful, data)) for name, data in datasets.items()
             }
-        helpful = helpful if helpful is not None and helpful.adapter_off else None
-        harmful = None
-    return References(helpful, harmful, description), datasets
+        # An adapter can be switched off at any time; other models are let go.
+        references = References(helpful if helpful is not None and helpful.adapter_off else None, None, description)
+    return references, datasets
 
 
 def _use_columns(
@@ -279,13 +294,8 @@ class _Scorer:
 
 def _fingerprint(model: nn.Module) -> str:
     """A digest of the weights of ``model``, adapters of PEFT left out, and of the dtype they are in."""
-    adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
     digest = hashlib.sha256()
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor) and not any(adapter in f"{name}." for adapter in adapters)
-    }
+    state = base_weights(model)
     with tqdm(total=len(state), desc="Fingerprint of the reference", unit="tensor", leave=False, delay=2) as bar:
         for name, tensor in state.items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -326,14 +336,3 @@ def _write(path: Path, logps: Tensor) -> None:
             f"the reference log-probabilities cannot be written to {path.parent}: {error}. Fix: free space, or set "
             "ref_cache_dir"
         ) from error
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

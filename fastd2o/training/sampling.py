@@ -32,6 +32,8 @@ from fastd2o.data import Group, Origin, Row, load_rows, parse_row
 from fastd2o.data.formats import Content
 from fastd2o.data.rows import Source
 from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
+from fastd2o.models.mode import evaluating
+from fastd2o.training.datasets import context_length, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -260,7 +262,7 @@ def read_prompts(
         DataError, ValueError: as :func:`sample_anchors`.
     """
     origin = Origin.of(dataset)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context, known = context_length(model), vocabulary(model)
     report, prompts, bad = SamplingReport(), [], []
     for row in load_rows(dataset):
         try:
@@ -281,6 +283,12 @@ def read_prompts(
             f"{origin.name}: {len(bad)} rows that cannot be sampled are left out ({origin.unit} {shown})",
             FastD2OWarning,
             stacklevel=3,
+        )
+    largest, line = max(((max(prompt.ids, default=0), prompt.line) for prompt in prompts), default=(0, 0))
+    if largest >= known:
+        raise ValueError(
+            f"the tokenizer gives token {largest} ({origin.at(line)}), but the model has embeddings for {known}. Fix: "
+            "use the tokenizer that belongs to the model"
         )
     if not prompts:
         raise DataError(
@@ -642,11 +650,8 @@ def _as_itself(model: PreTrainedModel) -> Iterator[None]:
     """
     generator: Any = getattr(model, "get_base_model", lambda: model)()  # PEFT delegates generation to it
     recipe, generator.generation_config = generator.generation_config, GenerationConfig()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         generator.generation_config = recipe
-        for module in training:
-            module.training = True

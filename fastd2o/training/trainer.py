@@ -27,18 +27,28 @@ from fastd2o.errors import FastD2OError
 from fastd2o.models import attach
 from fastd2o.training.card import model_card
 from fastd2o.training.checkpoints import (
+    check_same_run,
     checkpoints,
     claim_output_dir,
+    no_empty_folder_left,
+    note_run,
     publish_files,
     publish_folder,
     resolve_checkpoint,
     written_aside,
 )
 from fastd2o.training.config import PreferenceConfig
-from fastd2o.training.datasets import Data, prepare_dataset
+from fastd2o.training.datasets import Data, check_fits, prepare_dataset, vocabulary
 from fastd2o.training.metrics import Meter
 from fastd2o.training.objectives import ENTROPY, Mixture
-from fastd2o.training.policy import disable_dropout, is_peft, load_model, load_processing_class, wrap_peft
+from fastd2o.training.policy import (
+    digest,
+    disable_dropout,
+    is_peft,
+    load_model,
+    load_processing_class,
+    wrap_peft,
+)
 from fastd2o.training.references import References, find_references
 from fastd2o.training.scoring import UNITS, Batch, Scores, score
 
@@ -122,6 +132,7 @@ class PreferenceTrainer(Trainer):
             processing_class = load_processing_class(model)
         policy = load_model(model, args.dtype, "model")
         self._base_model = policy.name_or_path or None
+        base_digest = digest(policy)
         if peft_config is not None:
             policy = wrap_peft(policy, peft_config, args)
         if args.disable_dropout:
@@ -131,37 +142,43 @@ class PreferenceTrainer(Trainer):
         # Before Trainer's own set-up: what the data has wrong is known before anything is put on a device.
         self.args, self.processing_class = args, processing_class
         self.reports: dict[str, DataReport] = {}
-        datasets = {} if train_dataset is None else {"train": self._prepare(train_dataset, "train")}
+        datasets = {} if train_dataset is None else {"train": self._prepare(train_dataset, "train", policy)}
         several = eval_dataset if isinstance(eval_dataset, dict) else {_ONLY: eval_dataset}
-        datasets |= {f"eval {name}": self._prepare(data, name) for name, data in several.items() if data is not None}
+        datasets |= {
+            f"eval {name}": self._prepare(data, name, policy) for name, data in several.items() if data is not None
+        }
 
         self._meter, self._eval_meter = Meter(), Meter()
         self._staging: Path | None = None
         self._resumed_from: Path | None = None
         self._claimed = False
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=PreferenceCollator(_pad_token_id(tokenizer)),
-            train_dataset=datasets.get("train"),
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), _WindowRestorer(self)],
-            optimizers=optimizers,
-        )
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the whole window: Trainer must not divide again
-        self.references = References(None, None, "none")
-        if self.mixture.reference:
-            self.references, datasets = find_references(
-                policy,
-                datasets,
-                ref_model=ref_model,
-                harmful_ref_model=harmful_ref_model,
-                accelerator=self.accelerator,
-                config=args,
-                collate=self.data_collator,
+        self._makes_output_dir = args.should_save and not Path(args.output_dir).exists()
+        with no_empty_folder_left(args.output_dir, made=self._makes_output_dir):
+            super().__init__(
+                model=policy,
+                args=args,
+                data_collator=PreferenceCollator(_pad_token_id(tokenizer, policy)),
+                train_dataset=datasets.get("train"),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or []), _WindowRestorer(self)],
+                optimizers=optimizers,
             )
+            # compute_loss divides by the whole window: Trainer must not divide again.
+            self.model_accepts_loss_kwargs = True
+            self.references = References(None, None, "none")
+            if self.mixture.reference:
+                self.references, datasets = find_references(
+                    policy,
+                    datasets,
+                    ref_model=ref_model,
+                    harmful_ref_model=harmful_ref_model,
+                    accelerator=self.accelerator,
+                    config=args,
+                    collate=self.data_collator,
+                )
+        self._run = self._describe_run(base_digest, datasets.get("train"))
         self.train_dataset = datasets.get("train")
         evaluation = {name: datasets[f"eval {name}"] for name, data in several.items() if data is not None}
         self.eval_dataset = evaluation if isinstance(eval_dataset, dict) else evaluation.get(_ONLY)
@@ -238,8 +255,9 @@ class PreferenceTrainer(Trainer):
 
     # --- data -------------------------------------------------------------------------------------------------
 
-    def _prepare(self, data: Data, role: str) -> PreferenceDataset:
+    def _prepare(self, data: Data, role: str, model: nn.Module) -> PreferenceDataset:
         dataset = prepare_dataset(data, self.processing_class, self.mixture, self.args, role=role)
+        check_fits(model, "the model", dataset, role)
         logger.info(f"{role} dataset: {dataset.report}")
         self.reports[role] = dataset.report
         return dataset
@@ -270,7 +288,8 @@ class PreferenceTrainer(Trainer):
                 "there is no dataset to evaluate on. Fix: give eval_dataset to the trainer or to evaluate()"
             )
         if not any(dataset is prepared for prepared in own.values()):
-            dataset = self._prepare(dataset, _ONLY)
+            dataset = self._prepare(dataset, _ONLY, self.model)
+            self.references.check_fits(dataset, _ONLY)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return DataLoader(
             Subset(dataset, range(rank, len(dataset), world)),
@@ -349,20 +368,46 @@ class PreferenceTrainer(Trainer):
             trial, ignore_keys_for_eval: as for :meth:`transformers.Trainer.train`.
 
         Raises:
-            FastD2OError: ``output_dir`` holds another run, there is no checkpoint to resume from, the loss is not
-                finite, or a checkpoint cannot be written.
+            FastD2OError: ``output_dir`` holds another run, there is no checkpoint to resume from or it is of a run with
+                another objective, model, reference or training data, the loss is not finite, or a checkpoint cannot be
+                written.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         if isinstance(resume, str) and resume.lower() in ("true", "false"):  # from a command line
             resume = resume.lower() == "true"
+        with no_empty_folder_left(self.args.output_dir, made=self._makes_output_dir):
+            checkpoint = self._claim(resume)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _claim(self, resume: bool | str | None) -> str | None:
+        """Make ``output_dir`` this run's; the checkpoint that it goes on from."""
         if not self._claimed:
             if self.args.should_save:
                 claim_output_dir(self.args.output_dir, overwrite=self.args.overwrite, resume=resume)
             self.accelerator.wait_for_everyone()
             self._claimed = True
         self._resumed_from = resolve_checkpoint(self.args.output_dir, resume) if resume else None
-        checkpoint = None if self._resumed_from is None else str(self._resumed_from)
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        if self._resumed_from is None:
+            return None
+        if self.args.should_save:
+            check_same_run(self._resumed_from, self._run)
+        return str(self._resumed_from)
+
+    def _describe_run(self, base_digest: str, train_dataset: PreferenceDataset | None) -> dict[str, Any]:
+        """What a run that goes on from a checkpoint must have as it was. Learning rate, batches and steps are free."""
+        run: dict[str, Any] = {
+            "objective": " ".join(self.args.objective),
+            "objective_weights": self.args.objective_weights,
+            "base model": f"weights {base_digest[:16]}",
+            "reference": self.references.description,
+        }
+        if train_dataset is not None:
+            run["training data"] = f"{len(train_dataset)} groups, tokens {train_dataset.fingerprint()[:16]}"
+        return run | {
+            f"{objective.name} {name}": value
+            for objective, options, _ in self.mixture.parts
+            for name, value in vars(options).items()
+        }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model so that ``from_pretrained`` loads it, with a model card; every file appears whole or not at
@@ -399,6 +444,8 @@ class PreferenceTrainer(Trainer):
                 self._staging = None
             written = aside / target.name
             self._save_window(written)
+            if self.args.should_save:
+                note_run(written, self._run)
             if self.args.should_save and self.state.best_model_checkpoint == str(written):
                 self.state.best_model_checkpoint = str(target)
                 self.state.save_to_json(str(written / "trainer_state.json"))
@@ -493,7 +540,10 @@ class PreferenceTrainer(Trainer):
             datasets=dataset,
             tags=[tags] if isinstance(tags, str) else tags or (),
         )
-        card.save(Path(self.args.output_dir) / "README.md")
+        target = Path(self.args.output_dir)
+        with written_aside(target, run_dir=target, main=True) as aside:
+            card.save(aside / "card" / "README.md")
+            publish_files(aside / "card", target)
 
     def _model_card(self, **given: Any) -> ModelCard:
         measured = {key: value for entry in self.state.log_history for key, value in entry.items()}
@@ -555,7 +605,7 @@ def _check_arguments(args: PreferenceConfig, mixture: Mixture, models: dict[str,
         )
 
 
-def _pad_token_id(tokenizer: Any) -> int:
-    # Padding is masked: any token will do, and the tokenizer stays as it is.
+def _pad_token_id(tokenizer: Any, model: nn.Module) -> int:
+    # Padding is masked: any token that the model knows will do, and the tokenizer stays as it is.
     given = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in given if token is not None)
+    return next(token for token in given if token is not None and token < vocabulary(model))

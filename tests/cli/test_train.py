@@ -156,6 +156,7 @@ def test_interrupted(model_dir, pairs, out, save_steps, message):
         *("train", "--model", model_dir, "--dataset", pairs, "--objective", "dpo", "--output_dir", out, *FAST),
         *("--max_steps", 10**6, "--save_steps", save_steps, "--save_total_limit", 2, "--disable_tqdm"),
     )
+    assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
             break

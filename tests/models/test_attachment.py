@@ -394,7 +394,7 @@ def test_compiling_before_measuring_is_refused():
             r"labels has shape \[2, 5\] but .*\[2, 9\]",
         ),
         ({"labels": torch.zeros(2, 9)}, TypeError, r"labels has dtype torch\.float32"),
-        ({"labels": torch.full((2, 9), VOCAB)}, ValueError, f"target holds {VOCAB}"),
+        ({"labels": torch.full((2, 9), VOCAB)}, ValueError, rf"labels\[0, 1\] is {VOCAB}"),
         ({"fused": "yes"}, TypeError, "fused must be True, False or a head call, got 'yes'"),
         ({"fused": lambda *_, **__: None}, ValueError, "a head call brings its own targets"),
         ({"logits_to_keep": 1}, ValueError, "logits_to_keep cannot go with fused"),
@@ -433,9 +433,30 @@ def test_models_that_cannot_be_served():
     )
     with pytest.raises(fastd2o.FastD2OError, match="BertForMaskedLM predicts masked tokens"):
         fastd2o.attach(hf.BertForMaskedLM(bert))
+    with pytest.raises(fastd2o.FastD2OError, match=r"BertLMHeadModel is not causal.*Fix: use a decoder-only"):
+        fastd2o.attach(hf.BertLMHeadModel(bert))  # as AutoModelForCausalLM loads any BERT
+    bert.is_decoder = True
+    fastd2o.attach(hf.BertLMHeadModel(bert))
     with pytest.raises(fastd2o.FastD2OError, match="BertForPreTraining returns no logits"):
         fastd2o.attach(hf.BertForPreTraining(bert))
     sharded = tiny()
     sharded._tp_size = 2
     with pytest.raises(fastd2o.FastD2OError, match="tensor-parallel over 2 devices"):
         fastd2o.attach(sharded)
+
+
+def test_labels_outside_the_vocabulary_are_named_in_their_own_places():
+    model, inputs = fastd2o.attach(tiny()), batch()
+    inputs["labels"][1, 3] = VOCAB
+    inputs["labels"][:, 0] = VOCAB  # nothing predicts the first token
+    with pytest.raises(ValueError, match=rf"labels\[1, 3\] is {VOCAB} \(1 such in all\).*Fix: ids in \[0, {VOCAB}\)"):
+        model(**inputs, fused=True)
+    inputs["labels"][1, 3] = -100
+    model(**inputs, fused=True)
+
+
+def test_backend_that_does_not_exist_is_refused_at_once():
+    model = tiny()
+    with pytest.raises(ValueError, match="backend='nope' is unknown"):
+        fastd2o.attach(model, backend="nope")
+    assert "forward" not in vars(model)

@@ -100,7 +100,7 @@ def masked(logits: Tensor) -> Tensor:
         (lambda logits: 5.0 * torch.nn.functional.softsign(logits / 5.0), "cannot follow"),
         (lambda logits: logits.log_softmax(-1), "cannot follow"),
         (lambda logits: logits.flip(1) * torch.tensor([1.0, 2.0])[:, None], "cannot follow"),
-        (lambda logits: logits[:, -1:], r"come out as \[1, 1, 67\]"),
+        (lambda logits: logits[:, -1:], r"come out as \[2, 1, 67\]"),
         (lambda logits: (logits * 0.3).bfloat16(), r"rounded to torch\.bfloat16"),
         (lambda logits: logits * float("nan"), "cannot follow"),
     ],
@@ -168,3 +168,16 @@ def test_a_refusal_on_the_first_call_names_the_reason():
     late.model.rotary_emb = model.model.rotary_emb
     with pytest.raises(fastd2o.FastD2OError, match="cannot follow"):
         late(**batch(), fused=True)
+
+
+def test_measuring_runs_without_a_cache():
+    """As the fused forward does: a model may do other things to its logits with one."""
+    seen = []
+
+    class Cached(hf.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(kwargs.get("use_cache"))
+            return super().forward(*args, **kwargs)
+
+    fastd2o.attach(Cached(tiny().config))
+    assert seen == [False]

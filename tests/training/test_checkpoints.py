@@ -68,9 +68,39 @@ def test_a_model_that_no_run_wrote_is_never_replaced(tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(FastD2OError, match=r"holds a model \(model.safetensors\) that no run wrote there"):
+        with pytest.raises(
+            FastD2OError, match=r"holds files that no run wrote .*\(config.json, generation_config.json, model.s"
+        ):
             make_trainer(tmp_path / "base", overwrite=overwrite).train()
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt"])
+def test_files_of_others_that_a_save_could_replace(tmp_path, name):
+    """As where output_dir is the folder of a project."""
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "notes.txt").write_text("in nobody's way")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(FastD2OError, match=rf"no run wrote there .*\({name}\)\. Fix: choose another output_dir"):
+            claim_output_dir(tmp_path, **options)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_saved_model_has_no_file_that_the_check_does_not_know(run, tmp_path):
+    """What the run noted, seen as someone else's."""
+    (tmp_path / "run" / "_fastd2o_run.json").unlink()
+    saved = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(FastD2OError) as caught:
+        check_output_dir(tmp_path / "run")
+    assert not [name for name in saved if name not in str(caught.value)]
+
+
+def test_a_card_by_itself_is_noted_as_the_runs(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.create_model_card()
+    assert names(tmp_path) == {"README.md", "_fastd2o_run.json"}
+    make_trainer(tmp_path, max_steps=1, overwrite=True).train()
+    assert names(tmp_path) == set()
 
 
 def test_the_same_trainer_may_go_on_in_its_folder(run):

@@ -134,3 +134,8 @@ def test_defaults_are_those_of_the_losses(objective, function, renamed):
         parameter = parameters.get(renamed.get(name, name))
         if parameter is not None:
             assert parameter.default == default, name
+
+
+def test_backend_that_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="backend='nope' is unknown"):
+        PreferenceConfig(str(tmp_path), backend="nope")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
-from fastd2o import DataError, FastD2OError
+from fastd2o import DataError, FastD2OError, PreferenceConfig, PreferenceTrainer
 from fastd2o.training.policy import disable_dropout
-from tests.training.tiny import losses, make_model, make_rows
+from tests.training.tiny import VOCABULARY, losses, make_model, make_rows
 
 
 class Break(TrainerCallback):
@@ -97,20 +97,85 @@ def test_no_anchor_anywhere(make_trainer):
 
 @pytest.mark.parametrize("folder", ["./nowhere", "/no/such/model", "runs/a/b"])
 def test_model_that_is_not_there(make_trainer, folder):
-    with pytest.raises(FastD2OError, match=r"there is no folder .* to load the model from"):
+    with pytest.raises(FileNotFoundError, match=r"model: there is no folder .*Fix: check the path"):
         make_trainer(model=folder)
 
 
 def test_folder_that_is_no_model(make_trainer, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FastD2OError, match=r"no model could be loaded from"):
+    with pytest.raises(FastD2OError, match=r"has no config\.json, so it holds no model"):
         make_trainer(model=str(tmp_path / "empty"))
+
+
+def test_sequences_longer_than_the_context(make_trainer, tmp_path):
+    rows = make_rows(4)
+    rows[2]["prompt"] = " ".join(["w1"] * 70)
+    with pytest.raises(
+        DataError, match=r"the model reads at most 64 tokens.*train dataset .*: line 3\. Fix: set max_length to 64"
+    ):
+        make_trainer(train_dataset=rows)
+    with pytest.raises(DataError, match=r"the evaluation dataset has sequences .*: line 3\."):
+        make_trainer(eval_dataset=rows)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=r"the evaluation dataset has sequences .*: line 3\."):
+        make_trainer().evaluate(rows)
+    make_trainer(train_dataset=rows, max_length=64, truncate_prompt=True).train()
+
+
+def test_the_reference_may_have_the_shorter_context(make_trainer, tmp_path):
+    short = make_model(max_position_embeddings=8)
+    with pytest.raises(DataError, match=r"the reference \(the model given as ref_model\) reads at most 8 tokens"):
+        make_trainer(ref_model=short)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_without_a_limit_take_any_length(make_trainer):
+    """Mamba has no position embeddings, and no attribute for their number."""
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=1))
+    assert not hasattr(mamba.config, "max_position_embeddings")
+    rows = make_rows(2)
+    rows[0]["prompt"] = " ".join(["w1"] * 200)
+    make_trainer(model=mamba, train_dataset=rows, max_steps=1).train()
+
+
+def test_tokens_that_the_model_does_not_know(make_trainer, tmp_path):
+    rows = make_rows(4)
+    rows[1]["rejected"] = rows[3]["rejected"] = " w92"  # token 96
+    small = make_model(vocab_size=96)
+    for row in (rows[0], rows[2]):
+        row.update(prompt="w1", chosen=" w2", rejected=" w3", anchors=[" w4"])
+    with pytest.raises(
+        DataError, match=r"the model has embeddings for 96 tokens, but .* up to 96: .*\(line 2, 4\)\. Fix: use the tok"
+    ):
+        make_trainer(model=small, train_dataset=rows)
+    with pytest.raises(DataError, match=r"the reference \(the model given as ref_model\) has embeddings for 96 tokens"):
+        make_trainer(ref_model=small, train_dataset=rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padding_token_that_the_model_does_not_know_is_not_used(make_trainer):
+    """As when it was added to the tokenizer and the model was not resized."""
+    trainer = make_trainer()
+    tokenizer = trainer.processing_class
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    assert tokenizer.pad_token_id == len(VOCABULARY)
+    config = PreferenceConfig(trainer.args.output_dir, use_cpu=True, max_steps=1)
+    PreferenceTrainer(make_model(), config, train_dataset=make_rows(), processing_class=tokenizer).train()
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[Break(0, float("nan"))])
+    with pytest.raises(FastD2OError, match="in step 1"):
+        trainer.train()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # one that was there before stays
+    with pytest.raises(FastD2OError, match="in step 1"):
+        make_trainer(callbacks=[Break(0, float("nan"))]).train()
+    assert (tmp_path / "out").exists()
 
 
 def test_wrong_types(make_trainer, tmp_path):
     from transformers import TrainingArguments
-
-    from fastd2o import PreferenceConfig, PreferenceTrainer
 
     with pytest.raises(TypeError, match="args is a TrainingArguments, expected a PreferenceConfig"):
         PreferenceTrainer(make_model(), TrainingArguments(str(tmp_path), use_cpu=True))  # type: ignore[arg-type]

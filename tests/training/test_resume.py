@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +141,37 @@ def test_weights_alone_cannot_be_resumed_from(tmp_path):
     tiny.make_trainer(tmp_path, **options).train()
     with pytest.raises(FastD2OError, match=r"holds weights only"):
         tiny.make_trainer(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_another_run_cannot_be_resumed(uninterrupted, tmp_path):
+    checkpoint = f"{uninterrupted.args.output_dir}/checkpoint-4"
+    rows = tiny.make_rows(10)
+    other_model: Any = dropout_model()
+    with torch.no_grad():
+        other_model.lm_head.weight.mul_(1.5)
+    for change, told in (
+        ({"objective": ["dpo"]}, "objective was .*, now is dpo"),
+        ({"beta": 0.3}, r"\w+ beta was 0.1, now is 0.3"),
+        ({"train_dataset": rows[:-1]}, "training data was 10 groups, .*, now is 9 groups"),
+        ({"train_dataset": [{**rows[0], "prompt": "w9"}, *rows[1:]]}, "training data was 10 groups, .*, now is 10 gro"),
+        ({"model": other_model}, "base model was weights .*, now is weights"),
+        ({"ref_model": tiny.make_model(1)}, "reference was the model before .*, now is the model given as ref_model"),
+    ):
+        trainer = tiny.make_trainer(tmp_path, **{**RESUMABLE, "model": dropout_model(), **change})
+        with pytest.raises(FastD2OError, match=rf"is of another run: .*{told}.*Fix: give what that run was given"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_learning_rate_and_steps_are_free(uninterrupted, tmp_path):
+    checkpoint = f"{uninterrupted.args.output_dir}/checkpoint-6"
+    options = {**RESUMABLE, "learning_rate": 1e-3, "max_steps": 7}
+    trainer = tiny.make_trainer(tmp_path, model=dropout_model(), **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 7
+
+
+def test_a_checkpoint_without_a_note_is_taken_as_it_is(uninterrupted, tmp_path):
+    """It may be of another trainer."""
+    shutil.copytree(f"{uninterrupted.args.output_dir}/checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "_fastd2o_run.json").unlink()
+    assert_same_run(resume(tmp_path), uninterrupted)

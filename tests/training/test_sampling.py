@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fastd2o
 from fastd2o.data import build_dataset
@@ -370,6 +370,14 @@ def test_bad_rows_are_left_out_when_asked(tokenizer, model):
     message = "no row with a negative that can be sampled"
     with pytest.warns(fastd2o.FastD2OWarning), pytest.raises(fastd2o.DataError, match=message):
         draw(model, tokenizer, [bad], bad_rows="drop")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
+    small = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match=r"gives token \d+ \(row \d+\), but the model has embeddings for 8"):
+        draw(small, tokenizer, TEXT_ROWS)
 
 
 def test_no_row_with_a_negative(tokenizer, model):
