@@ -376,7 +376,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer):
     small = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(ValueError, match=r"gives token \d+ \(row \d+\), but the model has embeddings for 8"):
+    with pytest.raises(ValueError, match=r"gives token \d+ \(dataset, row \d+\), but the model has embeddings for 8"):
         draw(small, tokenizer, TEXT_ROWS)
 
 
