@@ -85,6 +85,15 @@ def test_prompt_tuning_is_refused():
         attached(tiny(), config, "after")
 
 
+@pytest.fixture
+def _fresh_accelerate():
+    """Accelerate keeps one state per process, which another test may have set up otherwise."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
 def test_accelerates_mixed_precision():
     model, inputs = fastd2o.attach(tiny()), batch()
     expected = model(**inputs, fused=True).log_probs
