@@ -25,13 +25,15 @@ lint:
 	@$(call PYTHON_WITH,dev) && echo "lint: ruff check, ruff format" && "$$python" -m ruff check . && \
 	  "$$python" -m ruff format --check . && echo "types: mypy" && "$$python" -m mypy
 
-# Operators against the peers that are installed; writes benchmarks/results/<device>.json.
+# Operators against the peers that are installed; writes benchmarks/results/<device>-<shape>.json.
 bench:
 	@$(call PYTHON_WITH,dev) && "$$python" -m benchmarks.logprob $(ARGS)
 
-# Everything that needs a CUDA device, in one command: the GPU tests, then the benchmark.
+# Everything that needs a CUDA device, in one command and with the Python on the PATH (or PYTHON=), which needs torch,
+# pytest and rich: the GPU tests, then the benchmark.
 gpu:
-	@$(call PYTHON_WITH,train) && "$$python" -m pytest -q tests/gpu $(ARGS) && "$$python" -m benchmarks.logprob --device cuda
+	@python=$${PYTHON:-python3} && "$$python" -m pytest -q tests/gpu && \
+	  "$$python" -m benchmarks.logprob --device cuda --tokens 8192 --hidden 4096 $(ARGS)
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

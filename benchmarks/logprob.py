@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -49,7 +50,7 @@ def main() -> None:
 
     contestants, absent = load()
     contestants = {n: c for n, c in contestants.items() if not any(word in n for word in arguments.skip)}
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)
     rows = []
     for trained in (False, True):
         rows += measure(arguments, contestants, trained)

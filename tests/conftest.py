@@ -1,7 +1,10 @@
 """Settings that all tests share."""
 
-from hypothesis import settings
+import contextlib
 
-# A busy machine is not a wrong result: no test fails for the time that it took.
-settings.register_profile("fastd2o", deadline=None)
-settings.load_profile("fastd2o")
+with contextlib.suppress(ImportError):  # the GPU tests do without it
+    from hypothesis import settings
+
+    # A busy machine is not a wrong result: no test fails for the time that it took.
+    settings.register_profile("fastd2o", deadline=None)
+    settings.load_profile("fastd2o")
