@@ -5,8 +5,7 @@
 Contestants take turns (A B C A B C ...) so that a machine whose clock drifts slows all of them; what is quoted is the
 median of each one's times and the median of the ratios within a round. Memory is the most that was alive beyond inputs
 and gradients: on the CPU from the allocator's records, on CUDA from its own peak counter. Error is the root mean square
-    against float64, relative, on
-256 of the tokens. Results are written to ``benchmarks/results/``.
+against float64, relative, on 256 of the tokens. Results are written to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
