@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--heads", nargs="+", default=["frozen", "trained"], choices=["frozen", "trained"])
     parser.add_argument("--skip", nargs="*", default=[], help="contestants whose name contains one of these words")
     parser.add_argument("--out", type=Path, help="file to write (default: benchmarks/results/<device>-<shape>.json)")
     arguments = parser.parse_args()
@@ -51,8 +52,8 @@ def main() -> None:
     contestants = {n: c for n, c in contestants.items() if not any(word in n for word in arguments.skip)}
     console = Console(width=None if sys.stdout.isatty() else 130)
     rows = []
-    for trained in (False, True):
-        rows += measure(arguments, contestants, trained)
+    for head in arguments.heads:
+        rows += measure(arguments, contestants, head == "trained")
     result = {"machine": machine(arguments.device), "shape": shape(arguments), "absent": absent, "rows": rows}
     name = f"{arguments.device}-t{arguments.tokens}-d{arguments.hidden}-v{arguments.vocab}-{arguments.dtype}.json"
     out = arguments.out or RESULTS / name
