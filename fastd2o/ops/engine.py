@@ -25,6 +25,7 @@ from torch import Tensor
 from fastd2o.ops.backends import tile_ops
 from fastd2o.ops.plan import GATHER_BYTES, tile_dtype
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TileOps, TopKState
+from fastd2o.ops.torch_tile_ops import locate
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,12 @@ def logodds_backward(
         largest = coef_T1.abs().amax().clamp_min(torch.finfo(tiling.sum_dtype).tiny)
         unscale = largest.frexp().exponent.to(tiling.sum_dtype).exp2()
         coef_T1 = coef_T1 / unscale
+    # The target's entry is the largest of a row of the gradient. Left out of the products for hidden and added to their
+    # sum here, it is not rounded with a slab's share of that sum.
+    target = _Columns.of(head, target_T, hidden_TD)
+    target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
+    if dhidden_TD is not None:
+        dhidden_TD.addcmul_(target.weight_TD, target_coef_T1)
     ops, memory = tiling.ops(head), tiling.tile(tokens, head)
     several = tokens > tiling.block_tokens
     for slab in _slabs(head, tiling):
@@ -200,6 +207,7 @@ def logodds_backward(
             )
             if dhidden_TD is not None:
                 _add_product(dhidden_TD[rows], grad_TN, slab.weight_ND)
+            _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows])
             if dweight_ND is not None:
                 _add_product(dweight_ND, grad_TN.t(), block_TD)
             elif dweight_VD is not None:
@@ -381,6 +389,19 @@ def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, hidden_TD: Tensor, h
     mean_weight_TD.add_(column.weight_TD if column.bend_T1 is None else column.weight_TD * column.bend_T1)
     if head.transform.slope != 1.0:
         mean_weight_TD.mul_(head.transform.slope)
+
+
+def _set_target_(grad_TN: Tensor, target_T: Tensor, vocab_start: int, coef_T1: Tensor) -> None:
+    """Write the target's entry into every row whose target lies in this slab.
+
+    Through flat positions: ``scatter_`` would make a float32 copy of a whole 16-bit tile.
+    """
+    tokens, columns = grad_TN.shape
+    column, inside = locate(target_T, vocab_start, columns)
+    position = torch.arange(tokens, device=grad_TN.device) * columns + column
+    flat = grad_TN.view(-1)
+    entry = torch.where(inside, coef_T1.squeeze(1).to(grad_TN.dtype), flat[position])
+    flat.index_copy_(0, position, entry)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ class Plan:
         total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
         if self.algorithm == "unit":
             return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
-        return total + self.tokens * self.hidden_size * sums + 2 * columns * self.hidden_size * sums
+        # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
+        return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)
 
     def __str__(self) -> str:
         what, factor = _ALGORITHMS[self.algorithm]

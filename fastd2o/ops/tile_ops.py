@@ -126,8 +126,8 @@ class TileOps(Protocol):
         coef_T1: Tensor,
         out_TN: Tensor,
     ) -> None:
-        """Write ``coef * bend * (onehot - softmax over the others)`` to ``out_TN``, which may be ``logits_TN``
-        itself."""
+        """Write ``-coef * bend * softmax over the others`` to ``out_TN``, which may be ``logits_TN`` itself, and 0 to
+        the target's column: the engine adds that entry in full precision."""
 
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
         """Merge a tile's largest logits into ``state``; the target's column does not take part. The tile is left as it

@@ -48,7 +48,7 @@ class TorchTileOps:
         for band in self._bands(logits_TN):
             bend = self._bend(logits_TN[band]) if weights_TN is not None else None
             z = self._transformed(logits_TN[band])
-            column, inside = _locate(target_T1[band], vocab_start, z.shape[1])
+            column, inside = locate(target_T1[band], vocab_start, z.shape[1])
             target_logit = z.gather(1, column)
             state.target_logit[band] = torch.where(inside, target_logit, state.target_logit[band])
             extra = state.statistics
@@ -98,8 +98,8 @@ class TorchTileOps:
             z = self._transformed(logits_TN[band])
             coef = coef_T1[band]
             gradient = z.sub_(shift_T1[band]).exp_().mul_(-coef)
-            column, inside = _locate(target_T1[band], vocab_start, gradient.shape[1])
-            gradient.scatter_(1, column, torch.where(inside, coef, gradient.gather(1, column)))
+            column, inside = locate(target_T1[band], vocab_start, gradient.shape[1])
+            gradient.scatter_(1, column, torch.where(inside, 0.0, gradient.gather(1, column)))
             out_TN[band] = gradient if bend is None else gradient.mul_(bend)
 
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
@@ -107,7 +107,7 @@ class TorchTileOps:
         k = state.values.shape[1]
         for band in self._bands(logits_TN):
             z = self._transformed(logits_TN[band], keep=True)
-            column, inside = _locate(target_T1[band], vocab_start, z.shape[1])
+            column, inside = locate(target_T1[band], vocab_start, z.shape[1])
             z.scatter_(1, column, torch.where(inside, -torch.inf, z.gather(1, column)))
             values, index = _topk(z, min(k, z.shape[1]))
             values = torch.cat([state.values[band], values], 1)
@@ -146,7 +146,7 @@ class TorchTileOps:
         return None if self.transform.softcap is None else self.transform.bend(raw.to(self.dtype))
 
 
-def _locate(target_T1: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
+def locate(target_T1: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
     """The target's column within the tile, clamped into it, and whether it really lies there."""
     column = target_T1 - vocab_start
     inside = (column >= 0) & (column < columns)
