@@ -165,7 +165,6 @@ def logodds_backward(
     if tokens == 0:
         zeros = hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype)
         return zeros, torch.zeros_like(weight_VD), None if bias_V is None else torch.zeros_like(bias_V)
-    dhidden_TD = hidden_TD.new_zeros((tokens, hidden_size), dtype=tiling.sum_dtype) if need_hidden else None
     dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
     dbias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
     coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
@@ -180,8 +179,7 @@ def logodds_backward(
     # sum here, it is not rounded with a slab's share of that sum.
     target = _Columns.of(head, target_T, hidden_TD)
     target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
-    if dhidden_TD is not None:
-        dhidden_TD.addcmul_(target.weight_TD, target_coef_T1)
+    dhidden_TD = target.weight_TD.mul_(target_coef_T1) if need_hidden else None
     ops, memory = tiling.ops(head), tiling.tile(tokens, head)
     several = tokens > tiling.block_tokens
     for slab in _slabs(head, tiling):
