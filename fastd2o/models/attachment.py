@@ -30,7 +30,7 @@ from fastd2o.models.head import InstanceState, close_heads, is_dtensor, open_hea
 from fastd2o.models.output import FusedCausalLMOutput
 from fastd2o.models.relay import Relay
 from fastd2o.models.transform import HeadTransform, measure
-from fastd2o.ops.backends import resolve
+from fastd2o.ops.backends import check_backend
 from fastd2o.ops.checks import check_target
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +85,7 @@ def attach(model: Model, *, backend: str | None = None) -> Model:
             causal LM too) or encoder-decoder, an adapter or quantisation on the head, tensor parallelism, prompt
             tuning, logits changed other than by scaling and tanh-capping. The message names the fix.
     """
-    resolve(backend)
+    check_backend(backend)
     causal_lm = _unwrap(model)
     attached: _Attachment | None = causal_lm.__dict__.get(_ATTACHMENT)
     if attached is not None:

@@ -2,47 +2,117 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
+from fastd2o.errors import FastD2OWarning
+from fastd2o.ops import native
+from fastd2o.ops.native_tile_ops import CpuTileOps, CudaTileOps
 from fastd2o.ops.tile_ops import LogitTransform, TileOps
 from fastd2o.ops.torch_tile_ops import TorchTileOps
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
-_NOT_BUILT = "its kernels are not part of this version of FastD2O"
+_TILE_OPS = {"torch": TorchTileOps, "cpu": CpuTileOps, "cuda": CudaTileOps}
+
+# What serves a device when nothing is asked for, best first. The CUDA kernels join when they have been measured on one.
+_PREFERRED = {"cpu": ("cpu", "torch")}
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend's name -> None where it works here, otherwise the reason why it does not."""
-    return {name: None if name == "torch" else _NOT_BUILT for name in BACKENDS}
+    """Every backend's name -> None where it works here (its kernels may have to be compiled first), otherwise the
+    reason why it does not."""
+    return {name: _unavailable(name) for name in BACKENDS}
 
 
-def resolve(backend: str | None) -> str:
-    """The name of the backend that will serve a call.
+def check_backend(backend: str | None) -> None:
+    """Refuse a backend that is unknown or that this machine cannot have; None, the best that works, always passes.
+
+    Raises:
+        ValueError: the message says why, and the fix.
+    """
+    if backend is None:
+        return
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is unknown. Known: {', '.join(BACKENDS)}, or None for the best that works here"
+        )
+    _refuse(backend, _unavailable(backend))
+
+
+def supported(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve matrix products of this dtype on this device, or None where it can."""
+    if backend == "torch":
+        return None
+    if device != backend:
+        return f"its kernels run on {backend}, and hidden is on {device}"
+    if dtype not in _NATIVE_DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')} arithmetic"
+    return _unavailable(backend)
+
+
+# Compiling kernels, or finding that they cannot be had, is nothing that a graph should hold.
+@torch.compiler.assume_constant_result
+def resolve(backend: str | None, device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that will serve a call, its kernels compiled and loaded.
 
     Args:
         backend: a name, or None for the best that works.
+        device: "cpu" or "cuda", where the call's tensors are.
+        dtype: of its matrix products.
 
     Raises:
         ValueError: for an unknown name, or one that cannot serve: a backend asked for by name is never replaced by
             another.
     """
-    if backend is None:
-        return "torch"
-    available = backends()
-    if backend not in available:
-        raise ValueError(
-            f"backend={backend!r} is unknown. Known: {', '.join(BACKENDS)}, or None for the best that works here"
-        )
-    reason = available[backend]
-    if reason is not None:
-        raise ValueError(
-            f"backend={backend!r} cannot serve: {reason}. Fix: backend='torch', or None to let the engine choose"
-        )
-    return backend
+    if backend is not None:
+        check_backend(backend)
+        _refuse(backend, supported(backend, device, dtype) or _load(backend))
+        return backend
+    for name in _PREFERRED.get(device, ()):
+        if supported(name, device, dtype) is None and _load(name) is None:
+            return name
+    return "torch"
+
+
+def tile_dtype(dtype: torch.dtype, device: str, backend: str) -> torch.dtype:
+    """The dtype a tile's logits arrive in: float32 wherever a 16-bit matrix product can deliver it, which is on CUDA,
+    and on the CPU with our own."""
+    if dtype in (torch.bfloat16, torch.float16) and (device == "cuda" or backend == "cpu"):
+        return torch.float32
+    return dtype
 
 
 def tile_ops(backend: str, transform: LogitTransform, dtype: torch.dtype) -> TileOps:
     """A fresh TileOps of the backend that :func:`resolve` named."""
-    implementations = {"torch": TorchTileOps}
-    return implementations[backend](transform, dtype)
+    return _TILE_OPS[backend](transform, dtype)
+
+
+def _unavailable(backend: str) -> str | None:
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return "its kernels are not part of this version of FastD2O"
+    return native.unavailable("cpu" if backend == "cpu" else "cuda")
+
+
+def _load(backend: str) -> str | None:
+    """Have the backend's kernels; the reason where that fails, which is also warned of, once."""
+    if backend == "torch":
+        return None
+    try:
+        native.load("cpu" if backend == "cpu" else "cuda")
+    except native.NativeError as error:
+        warnings.warn(f"{error} Until then backend 'torch' serves.", FastD2OWarning, stacklevel=2)
+        return str(error)
+    return None
+
+
+def _refuse(backend: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(
+            f"backend={backend!r} cannot serve: {reason}. Fix: backend='torch', or None to let the engine choose"
+        )

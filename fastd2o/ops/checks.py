@@ -7,11 +7,13 @@ depends on the data, so the operators ask :func:`select_counted` when they run: 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastd2o.ops.backends import resolve
 from fastd2o.ops.plan import Plan
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -106,8 +108,11 @@ def check_k(k: int, vocab_size: int) -> None:
         )
 
 
-def check_plan(plan: Plan, expected: Plan) -> None:
-    """A plan that a caller gave fits the call, whose own plan would be ``expected``."""
+def choose_plan(plan: Plan | None, expected: Plan, backend: str | None) -> Plan:
+    """The plan that a caller gave, if it fits the call, whose own plan would be ``expected``; ``expected`` if none was
+    given. A backend that the call names goes before the plan's."""
+    if plan is None:
+        return expected
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan is a {type(plan).__name__}: expected a fastd2o.Plan, as Plan.of(hidden, weight) gives it"
@@ -127,6 +132,8 @@ def check_plan(plan: Plan, expected: Plan) -> None:
             f"plan.algorithm={plan.algorithm!r} cannot serve this call: expected {expected.algorithm!r}. Fix: "
             "start from Plan.of(hidden, weight), or pass plan=None"
         )
+    chosen = resolve(plan.backend, expected.device, expected.dtype) if backend is None else expected.backend
+    return plan if chosen == plan.backend else replace(plan, backend=chosen)
 
 
 def select_counted(target_T: Tensor, vocab_size: int, ignore_index: int) -> Tensor | None:

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import engine
-from fastd2o.ops.backends import resolve
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
     check_k,
     check_not_forward_mode,
-    check_plan,
+    choose_plan,
     check_target,
     check_transform,
     select_counted,
@@ -28,7 +27,6 @@ from fastd2o.ops.logprob import (
     scatter_rows,
     without_autocast,
 )
-from fastd2o.ops.philox import uniform
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 
@@ -101,10 +99,7 @@ def linear_cringe(
     check_target("counter", counter, hidden)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = Plan.of(hidden, weight, bias, cringe=True)
-    if plan is not None:
-        check_plan(plan, chosen)
-        chosen = plan
+    chosen = choose_plan(plan, Plan.of(hidden, weight, bias, cringe=True, backend=backend), backend)
     # On the CPU whatever the device, so that reading it there waits for nothing.
     if seed is None:
         seed_tensor = torch.randint(2**63 - 1, (), device="cpu")
@@ -126,7 +121,7 @@ def linear_cringe(
         chosen.block_tokens,
         chosen.block_vocab,
         chosen.dtype,
-        resolve(backend),
+        chosen.backend,
     )
     logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(logodds.view(target.shape)))
     return CringeOutput(loss.view(target.shape), positive.view(target.shape), logprob)
@@ -167,7 +162,8 @@ def _cringe_op(
             gather_rows(hidden, rows).to(dtype),
             head,
             gather_rows(target, rows),
-            uniform(int(seed), gather_rows(counter, rows)).to(tiling.sum_dtype),
+            int(seed),
+            gather_rows(counter, rows),
             k,
             tiling,
         )

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastd2o.ops.backends import tile_ops
-from fastd2o.ops.plan import GATHER_BYTES, tile_dtype
+from fastd2o.ops.backends import tile_dtype, tile_ops
+from fastd2o.ops.plan import GATHER_BYTES
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TileOps, TopKState
 from fastd2o.ops.torch_tile_ops import locate
 
@@ -65,11 +65,38 @@ class Tiling:
         """A fresh TileOps for one call."""
         return tile_ops(self.backend, head.transform, self.sum_dtype)
 
-    def tile(self, tokens: int, head: Head) -> Tensor:
-        """Memory for one tile of logits."""
+    def tile(self, tokens: int, head: Head) -> _Tile:
+        """Memory for one tile, used for all of them."""
         elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
         device = head.weight_VD.device
-        return torch.empty(elements, dtype=tile_dtype(self.dtype, device.type), device=device)
+        logits = torch.empty(elements, dtype=tile_dtype(self.dtype, device.type, self.backend), device=device)
+        # A 16-bit factor of the next product fits over 16-bit logits, but not over wider ones that are still being read.
+        factors = logits if logits.dtype == self.dtype else torch.empty(elements, dtype=self.dtype, device=device)
+        return _Tile(logits, factors)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Memory for a tile of logits, and for what is made of them to be multiplied again: perhaps the same."""
+
+    logits: Tensor
+    factors: Tensor
+
+    def logits_TN(self, hidden_TD: Tensor, slab: _Slab, ops: TileOps) -> Tensor:
+        """``hidden @ weight.T + bias`` of one tile."""
+        out_TN = self._view(self.logits, len(hidden_TD), len(slab.weight_ND))
+        ops.product(
+            out_TN, hidden_TD, slab.weight_ND.t(), None if slab.bias_N is None else slab.bias_N.to(out_TN.dtype)
+        )
+        return out_TN
+
+    def factors_TN(self, logits_TN: Tensor) -> Tensor:
+        """Where to write what is made of these logits."""
+        return self._view(self.factors, *logits_TN.shape)
+
+    @staticmethod
+    def _view(memory: Tensor, tokens: int, columns: int) -> Tensor:
+        return memory[: tokens * columns].view(tokens, columns)
 
 
 class Statistics(NamedTuple):
@@ -112,25 +139,24 @@ def logodds_forward(
     tokens, hidden_size = hidden_TD.shape
     state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype, statistics)
     unit_TD = hidden_TD.new_empty((tokens, hidden_size), dtype=tiling.sum_dtype) if unit else None
-    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
     for rows in _blocks(tokens, tiling.block_tokens):
         block = _rows_of(state, rows)
         mean_weight_TD: Tensor | None = None
         target_T1 = target_T[rows].unsqueeze(1)
         for slab in _slabs(head, tiling):
-            logits_TN = _logits(hidden_TD[rows], slab, memory)
+            logits_TN = tile.logits_TN(hidden_TD[rows], slab, ops)
             if unit_TD is None:
                 ops.fold(logits_TN, target_T1, slab.start, block)
                 continue
-            weights_TN = (
-                logits_TN if logits_TN.dtype == tiling.dtype else torch.empty_like(logits_TN, dtype=tiling.dtype)
-            )
+            weights_TN = tile.factors_TN(logits_TN)
             rescale_T1 = ops.fold(logits_TN, target_T1, slab.start, block, weights_TN)
             if mean_weight_TD is None:
-                mean_weight_TD = unit_TD[rows].zero_()
+                mean_weight_TD = unit_TD[rows]
+                ops.product(mean_weight_TD, weights_TN, slab.weight_ND)
             else:
                 mean_weight_TD.mul_(rescale_T1)
-            _add_product(mean_weight_TD, weights_TN, slab.weight_ND)
+                ops.product(mean_weight_TD, weights_TN, slab.weight_ND, accumulate=True)
         if mean_weight_TD is not None:
             _finish_unit_(mean_weight_TD, block, hidden_TD[rows], head, target_T[rows])
     lse_others = state.lse_others
@@ -165,8 +191,8 @@ def logodds_backward(
     if tokens == 0:
         zeros = hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype)
         return zeros, torch.zeros_like(weight_VD), None if bias_V is None else torch.zeros_like(bias_V)
-    dweight_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
-    dbias_V = torch.zeros_like(bias_V) if need_bias and bias_V is not None else None
+    dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+    dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
     coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
     unscale: Tensor | None = None
     if tiling.dtype == torch.float16:
@@ -180,21 +206,16 @@ def logodds_backward(
     target = _Columns.of(head, target_T, hidden_TD)
     target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
     dhidden_TD = target.weight_TD.mul_(target_coef_T1) if need_hidden else None
-    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
-    several = tokens > tiling.block_tokens
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
+    sums_ND = hidden_TD.new_empty((min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype)
     for slab in _slabs(head, tiling):
-        columns = slice(slab.start, slab.start + slab.weight_ND.shape[0])
-        # One product is summed in float32 as it is; several need somewhere to be.
-        dweight_ND = (
-            hidden_TD.new_zeros(slab.weight_ND.shape, dtype=tiling.sum_dtype)
-            if several and dweight_VD is not None
-            else None
-        )
-        dbias_N = hidden_TD.new_zeros(slab.weight_ND.shape[0], dtype=tiling.sum_dtype) if dbias_V is not None else None
+        columns = slice(slab.start, slab.start + len(slab.weight_ND))
+        dweight_ND = sums_ND[: len(slab.weight_ND)]
+        dbias_N = hidden_TD.new_zeros(len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
             block_TD = hidden_TD[rows]
-            logits_TN = _logits(block_TD, slab, memory)
-            grad_TN = logits_TN if logits_TN.dtype == tiling.dtype else torch.empty_like(logits_TN, dtype=tiling.dtype)
+            logits_TN = tile.logits_TN(block_TD, slab, ops)
+            grad_TN = tile.factors_TN(logits_TN)
             ops.grad(
                 logits_TN,
                 target_T[rows].unsqueeze(1),
@@ -204,61 +225,47 @@ def logodds_backward(
                 grad_TN,
             )
             if dhidden_TD is not None:
-                _add_product(dhidden_TD[rows], grad_TN, slab.weight_ND)
+                ops.product(dhidden_TD[rows], grad_TN, slab.weight_ND, accumulate=True)
             _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows])
-            if dweight_ND is not None:
-                _add_product(dweight_ND, grad_TN.t(), block_TD)
-            elif dweight_VD is not None:
-                dweight_ND = _product(grad_TN.t(), block_TD, tiling.sum_dtype)
-            if dbias_N is not None:
+            if dweight_VD is not None:
+                ops.product(dweight_ND, grad_TN.t(), block_TD, accumulate=rows.start > 0)
+            if dbias_V is not None:
                 dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
-        if dweight_VD is not None and dweight_ND is not None:
-            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND.to(tiling.sum_dtype) * unscale
-        if dbias_V is not None and dbias_N is not None:
-            dbias_V[columns] = dbias_N if unscale is None else dbias_N * unscale
+        if dweight_VD is not None:
+            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND.mul_(unscale)
+        if dbias_V is not None:
+            dbias_V[columns] = dbias_N if unscale is None else dbias_N.mul_(unscale)
     if dhidden_TD is not None and unscale is not None:
         dhidden_TD *= unscale
     return dhidden_TD, dweight_VD, dbias_V
 
 
 def cringe_forward(
-    hidden_TD: Tensor, head: Head, target_T: Tensor, draw_T: Tensor, k: int, tiling: Tiling
+    hidden_TD: Tensor, head: Head, target_T: Tensor, seed: int, counter_T: Tensor, k: int, tiling: Tiling
 ) -> CringeResult:
     """One pass for CRINGE: log-odds of the negative token and a draw among the k largest other logits; 2 T·D·V
     operations.
 
     Args:
-        draw_T: one uniform number in [0, 1) per token, which picks from the softmax of the k survivors by inverse
-            distribution, largest first, equal logits by column.
+        seed, counter_T: of the draw from the softmax of the k survivors, see :meth:`TileOps.draw`.
     """
     tokens = hidden_TD.shape[0]
     state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype)
     top = TopKState.empty(tokens, k, hidden_TD, tiling.sum_dtype)
-    ops, memory = tiling.ops(head), tiling.tile(tokens, head)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
     for rows in _blocks(tokens, tiling.block_tokens):
         block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
         target_T1 = target_T[rows].unsqueeze(1)
         for slab in _slabs(head, tiling):
-            logits_TN = _logits(hidden_TD[rows], slab, memory)
+            logits_TN = tile.logits_TN(hidden_TD[rows], slab, ops)
             ops.topk(logits_TN, target_T1, slab.start, block_top)
             ops.fold(logits_TN, target_T1, slab.start, block)
 
-    index, by_column = top.index.sort(dim=1)
-    values, by_value = top.values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
-    index = index.gather(1, by_value)
-    none_T1 = values[:, :1] == -torch.inf
-    probabilities = torch.where(none_T1, 0.0, values).softmax(1)
-    # Summed step by step, so that every backend sums alike (and CUDA deterministically, which cumsum is not). Rounding
-    # may leave the last step just under 1; a column at -inf has no probability and is never the one picked.
-    below, choice = torch.zeros_like(draw_T), torch.zeros_like(target_T)
-    for candidate in range(k - 1):
-        below = below + probabilities[:, candidate]
-        choice += below <= draw_T
-    choice_T1 = choice.minimum((values != -torch.inf).sum(1) - 1).clamp_min(0).unsqueeze(1)
+    positive_T, positive_logit_T = ops.draw(top, seed, counter_T)
     return CringeResult(
-        positive=torch.where(none_T1, -1, index.gather(1, choice_T1)).squeeze(1),
+        positive=positive_T,
         negative_logit=state.target_logit.squeeze(1),
-        positive_logit=values.gather(1, choice_T1).squeeze(1),
+        positive_logit=positive_logit_T,
         logodds=(state.target_logit - state.lse_others).squeeze(1),
     )
 
@@ -316,7 +323,7 @@ def cringe_backward(
 
 @dataclass(frozen=True)
 class _Slab:
-    """N consecutive columns of the vocabulary, in the dtype of the products."""
+    """N consecutive columns of the vocabulary, the weight in the dtype of the products."""
 
     start: int
     weight_ND: Tensor
@@ -333,7 +340,7 @@ def _slabs(head: Head, tiling: Tiling) -> Iterator[_Slab]:
         weight_ND = head.weight_VD[columns]
         if cast is not None:
             weight_ND = cast[: len(weight_ND)].copy_(weight_ND)
-        yield _Slab(columns.start, weight_ND, None if head.bias_V is None else head.bias_V[columns].to(tiling.dtype))
+        yield _Slab(columns.start, weight_ND, None if head.bias_V is None else head.bias_V[columns])
 
 
 def _blocks(length: int, step: int) -> Iterator[slice]:
@@ -347,36 +354,6 @@ def _rows_of(state: FoldState, rows: slice) -> FoldState:
     if extra is not None:
         extra = StatisticsState(extra.weighted[rows], extra.argmax[rows], extra.total[rows])
     return FoldState(state.max[rows], state.sum[rows], state.target_logit[rows], extra)
-
-
-def _logits(hidden_TD: Tensor, slab: _Slab, memory: Tensor) -> Tensor:
-    """``hidden @ weight.T + bias`` of one tile, written into ``memory``."""
-    shape = (hidden_TD.shape[0], slab.weight_ND.shape[0])
-    out_TN = memory[: shape[0] * shape[1]].view(shape)
-    widen = {"out_dtype": out_TN.dtype} if out_TN.dtype != hidden_TD.dtype else {}
-    if slab.bias_N is None:
-        return torch.mm(hidden_TD, slab.weight_ND.t(), out=out_TN, **widen)
-    if widen:
-        return torch.mm(hidden_TD, slab.weight_ND.t(), out=out_TN, **widen).add_(slab.bias_N)
-    return torch.addmm(slab.bias_N, hidden_TD, slab.weight_ND.t(), out=out_TN)
-
-
-def _product(left_MK: Tensor, right_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right``, in ``dtype`` where the vendor's library can deliver it, else in the factors' own dtype."""
-    if left_MK.dtype != dtype and tile_dtype(left_MK.dtype, left_MK.device.type) == dtype:
-        return torch.mm(left_MK, right_KN, out_dtype=dtype)
-    if left_MK.dtype == torch.float16:
-        # Sums over a slab, or over many tokens, leave float16's range; nothing but wider factors keeps them on the CPU.
-        return torch.mm(left_MK.to(dtype), right_KN.to(dtype))
-    return torch.mm(left_MK, right_KN)
-
-
-def _add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
-    """``sum += left @ right``, where ``sum`` may be wider than the factors."""
-    if sum_MN.dtype == left_MK.dtype:
-        sum_MN.addmm_(left_MK, right_KN)
-    else:
-        sum_MN.add_(_product(left_MK, right_KN, sum_MN.dtype))
 
 
 def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, hidden_TD: Tensor, head: Head, target_T: Tensor) -> None:
@@ -418,7 +395,7 @@ class _Columns:
             return cls(weight_TD, None)
         raw_T1 = (hidden_TD * weight_TD).sum(1, keepdim=True)
         if head.bias_V is not None:
-            raw_T1 += head.bias_V.index_select(0, column_T).to(dtype).unsqueeze(1)
+            raw_T1 += head.bias_V.index_select(0, column_T).to(sums).unsqueeze(1)
         return cls(weight_TD, head.transform.bend(raw_T1))
 
 

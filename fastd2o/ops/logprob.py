@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import engine
-from fastd2o.ops.backends import resolve
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
     check_not_forward_mode,
-    check_plan,
+    choose_plan,
     check_target,
     check_transform,
     select_counted,
@@ -192,10 +191,7 @@ def linear_logodds(
     check_transform(logit_scale, softcap, temperature)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = Plan.of(hidden, weight, bias)
-    if plan is not None:
-        check_plan(plan, chosen)
-        chosen = plan
+    chosen = choose_plan(plan, Plan.of(hidden, weight, bias, backend=backend), backend)
     logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -209,7 +205,7 @@ def linear_logodds(
         chosen.block_tokens,
         chosen.block_vocab,
         chosen.dtype,
-        resolve(backend),
+        chosen.backend,
         stats,
     )
     outputs = [x.view(target.shape) for x in ((logodds, entropy, top1, mean_logit) if stats else (logodds,))]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastd2o.ops.backends import resolve, tile_dtype
 from fastd2o.ops.torch_tile_ops import band_elements
 
 Algorithm = Literal["forward", "unit", "recompute", "cringe"]
@@ -27,6 +28,8 @@ _BLOCK_TOKENS = {"cpu": 2048, "cuda": 4096}
 _MIN_BLOCK_VOCAB = 1024
 # Temporaries of one band of a tile that may be alive together, see torch_tile_ops.
 _BAND_COPIES = 6
+# Bytes of the panels that csrc/cpu/product.cpp packs at a time.
+_PACKED_BYTES = 4 << 20
 # Bytes of gathered rows that are summed at once in Cringe's gradient of the weight.
 GATHER_BYTES = 32 << 20
 
@@ -48,6 +51,7 @@ class Plan:
         dtype: of the matrix products.
         device: ``"cpu"`` or ``"cuda"``.
         cast_weight: the weight has another dtype and is cast slab by slab.
+        backend: of the tile operations, see :func:`fastd2o.backends`.
     """
 
     algorithm: Algorithm
@@ -59,6 +63,7 @@ class Plan:
     dtype: torch.dtype
     device: str = "cpu"
     cast_weight: bool = False
+    backend: str = "torch"
 
     def __post_init__(self) -> None:
         if self.algorithm not in _ALGORITHMS:
@@ -68,7 +73,15 @@ class Plan:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, cringe: bool = False) -> Plan:
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        cringe: bool = False,
+        backend: str | None = None,
+    ) -> Plan:
         """The engine's own plan of a call on these tensors, under the gradient mode and autocast that are on."""
         device = hidden.device.type
         dtype = hidden.dtype
@@ -89,6 +102,7 @@ class Plan:
             dtype=dtype,
             device=device,
             cast_weight=weight.dtype != dtype,
+            backend=resolve(backend, device, dtype),
         )
 
     @classmethod
@@ -102,11 +116,14 @@ class Plan:
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
         cast_weight: bool = False,
+        backend: str | None = None,
     ) -> Plan:
-        """The engine's own choice of tile for a call of this shape."""
+        """The engine's own choice of tile for a call of this shape. A backend that is named is taken at its word: plans
+        can be made for another machine."""
+        backend = backend or resolve(None, device, dtype)
         block_tokens = max(1, min(tokens, _BLOCK_TOKENS.get(device, _BLOCK_TOKENS["cuda"])))
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
-        columns = budget // (block_tokens * tile_dtype(dtype, device).itemsize)
+        columns = budget // (block_tokens * tile_dtype(dtype, device, backend).itemsize)
         # With few tokens the tile is small however wide it is; what is then to be bounded is the slab of the weight.
         columns = min(columns, budget // (hidden_size * dtype.itemsize) if hidden_size else columns)
         columns = max(columns, _MIN_BLOCK_VOCAB) // 64 * 64
@@ -120,6 +137,7 @@ class Plan:
             dtype=dtype,
             device=device,
             cast_weight=cast_weight,
+            backend=backend,
         )
 
     @property
@@ -131,13 +149,11 @@ class Plan:
     def extra_bytes(self) -> int:
         """An upper estimate of the memory held beyond inputs, result and gradients at the worst moment."""
         tokens, columns = min(self.block_tokens, self.tokens), min(self.block_vocab, self.vocab_size)
-        factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device).itemsize
+        factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device, self.backend).itemsize
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
-        band = min(band_elements(self.device), max(tokens, 1) * columns)
-        total = tokens * columns * logit + _BAND_COPIES * band * sums
-        total += self.tokens * (
-            16 * sums + self.hidden_size * factor
-        )  # per-token sums; the tokens that count, gathered
+        total = tokens * columns * logit + self._working_bytes(tokens, columns)
+        # Per-token sums; the tokens that count, gathered.
+        total += self.tokens * (16 * sums + self.hidden_size * factor)
         if self.cast_weight:
             total += columns * self.hidden_size * factor
         if self.algorithm == "forward":
@@ -147,7 +163,7 @@ class Plan:
             return total + self.tokens * self.hidden_size * (factor + 4 * sums) + 2 * GATHER_BYTES
         if logit != factor:
             total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
-        elif self.dtype == torch.float16:
+        elif self.dtype == torch.float16:  # backend torch on the CPU
             total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
         total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
         if self.algorithm == "unit":
@@ -155,21 +171,23 @@ class Plan:
         # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
         return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)
 
+    def _working_bytes(self, tokens: int, columns: int) -> int:
+        """What the backend holds while it works on one tile."""
+        if self.backend == "cpu":
+            # csrc/cpu/product.cpp: panels of one factor, or one panel of 64 columns if that is more; for every thread a
+            # block of the other factor, 128 x 1024.
+            widest = max(self.hidden_size, columns, tokens) + 32
+            return max(_PACKED_BYTES, 64 * widest * 4) + torch.get_num_threads() * (128 * 1024 * 4)
+        sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
+        return _BAND_COPIES * min(band_elements(self.device), max(tokens, 1) * columns) * sums
+
     def __str__(self) -> str:
         what, factor = _ALGORITHMS[self.algorithm]
         full = self.tokens * self.vocab_size * (2 * torch.float32.itemsize + self.dtype.itemsize)
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{what}, {factor} T·D·V; {self.tokens} tokens x {self.hidden_size} x {self.vocab_size} vocabulary in "
-            f"{dtype} on {self.device}; tiles of {self.block_tokens} x {self.block_vocab}; "
+            f"{dtype} on {self.device}, backend {self.backend}; tiles of {self.block_tokens} x {self.block_vocab}; "
             f"{self.flops / 1e12:.3g} TFLOP; at most {self.extra_bytes / 1e6:.0f} MB extra "
             f"(full logits: {full / 1e6:.0f} MB)"
         )
-
-
-def tile_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype a tile's logits arrive in: float32 wherever the vendor's 16-bit matrix product can deliver it
-    (CUDA)."""
-    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return dtype

@@ -1,7 +1,7 @@
 """The small operations a backend supplies to the engine: what happens to a tile of logits while it is still in cache.
 
-The engine multiplies; a :class:`TileOps` folds, differentiates and ranks. All of them see the *raw* tile
-``u = W h + b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in float32
+The engine walks; a :class:`TileOps` multiplies, folds, differentiates, ranks and draws. All but the product see the
+*raw* tile ``u = W h + b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in float32
 (float64 for float64 inputs). A column whose raw logit is -inf is padding: it takes no part, whatever the transform.
 
 Shapes: T tokens of the tile, N columns of the tile, starting at column ``vocab_start`` of the vocabulary. Per-token
@@ -101,6 +101,21 @@ class TopKState:
 class TileOps(Protocol):
     """One backend's implementation. Instances live for one call of the engine and may hold scratch memory."""
 
+    def product(
+        self,
+        out_MN: Tensor,
+        left_MK: Tensor,
+        right_KN: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """Write ``left @ right + bias`` to ``out``, or add ``left @ right`` to it.
+
+        ``out`` has the factors' dtype or the wider one of sums; how precise a sum of 16-bit factors arrives in the
+        latter is the backend's: the better ones add in float32 and stay there. ``bias`` has out's dtype.
+        """
+
     def fold(
         self,
         logits_TN: Tensor,
@@ -132,3 +147,7 @@ class TileOps(Protocol):
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
         """Merge a tile's largest logits into ``state``; the target's column does not take part. The tile is left as it
         was."""
+
+    def draw(self, state: TopKState, seed: int, counter_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw one of every token's candidates from their softmax, by Philox at (seed, counter): its column, -1 where
+        no candidate is finite, and its logit, ``[T]`` each. docs/engine.md says exactly how."""

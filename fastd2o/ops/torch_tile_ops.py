@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastd2o.ops.philox import uniform
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, TopKState
 
 # A tile is worked on in bands of rows. On the CPU a band's float32 copy (2 MB) stays in the second-level cache: 1.3 to
@@ -34,6 +35,41 @@ class TorchTileOps:
         self.transform = transform
         self.dtype = dtype
         self._scratch: Tensor | None = None
+
+    def product(
+        self,
+        out_MN: Tensor,
+        left_MK: Tensor,
+        right_KN: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        accumulate: bool = False,
+    ) -> None:
+        """See :meth:`fastd2o.ops.tile_ops.TileOps.product`.
+
+        On CUDA sums of 16-bit factors stay float32; on the CPU the vendor's library rounds them to 16 bits once.
+        """
+        if out_MN.dtype == left_MK.dtype:
+            if accumulate:
+                out_MN.addmm_(left_MK, right_KN)
+            elif bias_N is None:
+                torch.mm(left_MK, right_KN, out=out_MN)
+            else:
+                torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
+            return
+        if left_MK.is_cuda:
+            product_MN = torch.mm(left_MK, right_KN, out_dtype=out_MN.dtype, out=None if accumulate else out_MN)
+        elif left_MK.dtype == torch.float16:
+            # Sums over a slab, or over many tokens, leave float16's range; nothing but wider factors keeps them.
+            product_MN = torch.mm(left_MK.to(out_MN.dtype), right_KN.to(out_MN.dtype))
+        else:
+            product_MN = torch.mm(left_MK, right_KN)
+        if accumulate:
+            out_MN.add_(product_MN)
+        elif product_MN is not out_MN:
+            out_MN.copy_(product_MN)
+        if bias_N is not None:
+            out_MN.add_(bias_N)
 
     def fold(
         self,
@@ -114,6 +150,25 @@ class TorchTileOps:
             index = torch.cat([state.index[band], index + vocab_start], 1)
             state.values[band], order = values.topk(k, 1)
             state.index[band] = index.gather(1, order)
+
+    def draw(self, state: TopKState, seed: int, counter_T: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`fastd2o.ops.tile_ops.TileOps.draw`."""
+        index, by_column = state.index.sort(dim=1)
+        values, by_value = state.values.gather(1, by_column).sort(dim=1, descending=True, stable=True)
+        index = index.gather(1, by_value)
+        none_T1 = values[:, :1] == -torch.inf
+        probabilities = torch.where(none_T1, 0.0, values).softmax(1)
+        draw_T = uniform(seed, counter_T).to(self.dtype)
+        # Summed step by step, so that every backend sums alike (and CUDA deterministically, which cumsum is not).
+        # Rounding may leave the last step just under 1; a column at -inf has no probability and is never the one
+        # picked.
+        below, choice = torch.zeros_like(draw_T), torch.zeros_like(counter_T)
+        for candidate in range(values.shape[1] - 1):
+            below = below + probabilities[:, candidate]
+            choice += below <= draw_T
+        choice_T1 = choice.minimum((values != -torch.inf).sum(1) - 1).clamp_min(0).unsqueeze(1)
+        positive_T1 = torch.where(none_T1, -1, index.gather(1, choice_T1))
+        return positive_T1.squeeze(1), values.gather(1, choice_T1).squeeze(1)
 
     def _bands(self, tile_TN: Tensor) -> Iterator[slice]:
         tokens, columns = tile_TN.shape

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from fastd2o.ops.backends import resolve
+from fastd2o.ops.backends import check_backend
 from fastd2o.training.objectives import OBJECTIVES, OPTIONS, Objective, find_objective
 
 
@@ -240,7 +240,7 @@ class PreferenceConfig(TrainingArguments):
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of: {', '.join(valid)}")
-        resolve(self.backend)
+        check_backend(self.backend)
         if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
             raise ValueError(
                 "ref_cache_dir is set, but nothing is precomputed. Fix: precompute_ref_log_probs=True as well"

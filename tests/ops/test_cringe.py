@@ -16,6 +16,8 @@ import fastd2o
 from fastd2o.ops.torch_tile_ops import _topk
 from tests.ops.oracle import Case, full_logits, logprob, make_case, relative_error, rms_error
 
+pytestmark = pytest.mark.usefixtures("default_backend")
+
 
 def plan_of(case: Case, tokens: int, columns: int) -> fastd2o.Plan:
     plan = fastd2o.Plan.choose(

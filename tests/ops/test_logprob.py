@@ -15,6 +15,8 @@ from torch import Tensor
 import fastd2o
 from tests.ops.oracle import Case, full_logits, logprob, make_case, relative_error, rms_error
 
+pytestmark = pytest.mark.usefixtures("default_backend")
+
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scale": {"logit_scale": 0.0625},
@@ -111,7 +113,9 @@ def test_mixed_dtypes_compute_in_the_dtype_of_hidden(
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
     for name, gradient in gradients.items():
         assert gradient.dtype == mixed.tensors[name].dtype
-        torch.testing.assert_close(gradient, expected_gradients[name].to(gradient.dtype), rtol=0, atol=0)
+        # Both are the same sum, rounded to two dtypes.
+        coarser = min(gradient.dtype, expected_gradients[name].dtype, key=lambda dtype: dtype.itemsize)
+        assert torch.equal(gradient.to(coarser), expected_gradients[name].to(coarser)), name
 
 
 def test_autocast_chooses_the_dtype_and_casts_slab_by_slab() -> None:
@@ -371,8 +375,12 @@ def test_entropy_keeps_its_precision(shift: float, sharpness: float) -> None:
 
 
 def test_the_first_of_equal_logits_is_the_most_likely() -> None:
+    """Small whole numbers: every sum is exact in any dtype, and many are equal."""
     case = make_case(tokens=256, vocab_size=8192, dtype=torch.bfloat16, bias=False, ignored=0.0)
-    expected = (case.hidden @ case.weight.T).argmax(-1)
+    case = dataclasses.replace(case, hidden=case.hidden.sign(), weight=case.weight.sign())
+    logits = case.hidden @ case.weight.T
+    expected = logits.argmax(-1)
+    assert ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).any()
     for plan in (None, small_tiles(case, "forward", 100, 1024), small_tiles(case, "forward", 256, 1000)):
         out = fastd2o.linear_logprob(case.hidden, case.weight, case.target, stats=True, plan=plan)
         assert torch.equal(out.top1, expected)

@@ -9,6 +9,8 @@ from torch import Tensor
 import fastd2o
 from fastd2o.memory import measure_memory
 
+pytestmark = pytest.mark.usefixtures("default_backend")
+
 TOKENS, HIDDEN, VOCAB = 1024, 64, 40_000
 
 
