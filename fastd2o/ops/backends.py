@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +15,11 @@ from fastd2o.ops.torch_tile_ops import TorchTileOps
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
-_TILE_OPS = {"torch": TorchTileOps, "cpu": CpuTileOps, "cuda": CudaTileOps}
+_TILE_OPS: dict[str, Callable[[LogitTransform, torch.dtype], TileOps]] = {
+    "torch": TorchTileOps,
+    "cpu": CpuTileOps,
+    "cuda": CudaTileOps,
+}
 
 # What serves a device when nothing is asked for, best first. The CUDA kernels join when they have been measured on one.
 _PREFERRED = {"cpu": ("cpu", "torch")}

@@ -1,7 +1,8 @@
 """The door: every public operator checks its input here, once.
 
 Shapes, dtypes, devices and options are checked before anything runs. Whether every target lies in the vocabulary
-depends on the data, so the operators ask :func:`select_counted` when they run: that also works inside a compiled graph.
+depends on the data, so the operators ask :class:`fastd2o.ops.counted.Counted` when they run: that also works inside a
+compiled graph.
 """
 
 from __future__ import annotations
@@ -134,24 +135,3 @@ def choose_plan(plan: Plan | None, expected: Plan, backend: str | None) -> Plan:
         )
     chosen = resolve(plan.backend, expected.device, expected.dtype) if backend is None else expected.backend
     return plan if chosen == plan.backend else replace(plan, backend=chosen)
-
-
-def select_counted(target_T: Tensor, vocab_size: int, ignore_index: int) -> Tensor | None:
-    """The rows whose target counts, ``[C]`` int64, or None when that is all of them. One wait for the device at the
-    most.
-
-    Raises:
-        ValueError: a target outside ``[0, V)`` that is not ``ignore_index``; the message names the first.
-    """
-    counted = target_T != ignore_index
-    outside = counted & ((target_T < 0) | (target_T >= vocab_size))
-    number, wrong = torch.stack([counted.sum(), outside.sum()]).tolist()
-    if wrong:
-        position = int(outside.nonzero()[0])
-        raise ValueError(
-            f"target holds {int(target_T[position])} at flat position {position} ({wrong} such in all): expected ids "
-            f"in [0, {vocab_size}), or ignore_index={ignore_index} for positions to leave out"
-        )
-    if number == len(target_T):
-        return None
-    return counted.nonzero().squeeze(1)

@@ -14,17 +14,15 @@ from fastd2o.ops.checks import (
     check_integer,
     check_k,
     check_not_forward_mode,
-    choose_plan,
     check_target,
     check_transform,
-    select_counted,
+    choose_plan,
 )
+from fastd2o.ops.counted import Counted
 from fastd2o.ops.logprob import (
     check_differentiated_once,
     empty_gradients,
-    gather_rows,
     pack_gradients,
-    scatter_rows,
     without_autocast,
 )
 from fastd2o.ops.plan import Plan
@@ -122,6 +120,7 @@ def linear_cringe(
         chosen.block_vocab,
         chosen.dtype,
         chosen.backend,
+        chosen.compact,
     )
     logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(logodds.view(target.shape)))
     return CringeOutput(loss.view(target.shape), positive.view(target.shape), logprob)
@@ -152,34 +151,35 @@ def _cringe_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, both logits, log-odds of the negative, positive column."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
     tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
-    rows, total = select_counted(target, weight.shape[0], ignore_index), len(target)
+    counted, total = Counted.of_targets(target, weight.shape[0], ignore_index, compact), len(target)
     with without_autocast(hidden.device):
         result = engine.cringe_forward(
-            gather_rows(hidden, rows).to(dtype),
+            counted.gather(hidden).to(dtype),
             head,
-            gather_rows(target, rows),
+            counted.gather(target),
             int(seed),
-            gather_rows(counter, rows),
+            counted.gather(counter),
             k,
             tiling,
         )
     loss = torch.where(result.positive < 0, 0.0, F.softplus(result.negative_logit - result.positive_logit))
     return (
-        scatter_rows(loss, rows, total),
-        scatter_rows(result.negative_logit, rows, total),
-        scatter_rows(result.positive_logit, rows, total),
-        scatter_rows(result.logodds, rows, total),
-        scatter_rows(result.positive, rows, total, fill=-1),
+        counted.scatter(loss, total),
+        counted.scatter(result.negative_logit, total),
+        counted.scatter(result.positive_logit, total),
+        counted.scatter(result.logodds, total),
+        counted.scatter(result.positive, total, fill=-1),
     )
 
 
 @_cringe_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, dtype, _ = options
+    *_, dtype, _, _ = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     return *(hidden.new_empty(target.shape, dtype=sums) for _ in range(4)), target.new_empty(target.shape)
 
@@ -202,28 +202,30 @@ def _cringe_backward_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    compact: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not needed are empty."""
     # A token without a positive has coefficient 0 and none to point at.
-    rows = ((positive >= 0) & (grad_loss != 0)).nonzero().squeeze(1)
-    coef = grad_loss[rows] * (negative_logit[rows] - positive_logit[rows]).sigmoid()
+    counted = Counted.where((positive >= 0) & (grad_loss != 0), compact)
+    coef = counted.gather(grad_loss) * counted.gather(negative_logit - positive_logit).sigmoid()
     with without_autocast(hidden.device):
         gradients = engine.cringe_backward(
             coef,
-            hidden[rows].to(dtype),
+            counted.gather(hidden).to(dtype),
             engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
-            target[rows],
-            positive[rows],
+            counted.gather(target),
+            counted.gather(positive),
             engine.Tiling(block_tokens, block_vocab, dtype, backend),
             detach_positive=detach_positive,
+            wait=compact,
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
         )
-    return pack_gradients(gradients, hidden, rows)
+    return pack_gradients(gradients, hidden, counted)
 
 
 @_cringe_backward_op.register_fake
@@ -232,19 +234,17 @@ def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *o
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, _, _, _, detach_positive, *scalars, _, block_tokens, block_vocab, dtype, backend = (
-        inputs
-    )
+    hidden, weight, bias, target, _, _, _, detach_positive, *scalars, _ignore_index = inputs[:-5]
     _, negative_logit, positive_logit, _, positive = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.options = (detach_positive, *scalars, block_tokens, block_vocab, dtype, backend)
+    ctx.options = (detach_positive, *scalars, *inputs[-5:])
     ctx.save_for_backward(hidden, weight, bias, target, positive, negative_logit, positive_logit)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 13
+    no_gradient = (None,) * 14
     if grad_loss is None:
         return (None, None, None, *no_gradient)
     need = ctx.needs_input_grad[:3]

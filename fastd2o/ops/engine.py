@@ -70,7 +70,7 @@ class Tiling:
         elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
         device = head.weight_VD.device
         logits = torch.empty(elements, dtype=tile_dtype(self.dtype, device.type, self.backend), device=device)
-        # A 16-bit factor of the next product fits over 16-bit logits, but not over wider ones that are still being read.
+        # 16-bit factors of the next product fit over 16-bit logits, but not over wider ones that are still being read.
         factors = logits if logits.dtype == self.dtype else torch.empty(elements, dtype=self.dtype, device=device)
         return _Tile(logits, factors)
 
@@ -279,11 +279,15 @@ def cringe_backward(
     tiling: Tiling,
     *,
     detach_positive: bool,
+    wait: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum_t coef_t (z_t[target_t] - z_t[positive_t])``: two rows of the weight per token, O(T·D)."""
+    """Gradients of ``sum_t coef_t (z_t[target_t] - z_t[positive_t])``: two rows of the weight per token, O(T·D).
+
+    ``wait``: whether the host may wait for the device, to learn which columns were touched.
+    """
     weight_VD, bias_V = head.weight_VD, head.bias_V
     columns, coefs, dhidden_TD = [], [], None
     for column_T, sign in ((target_T, 1.0), (positive_T, -1.0)):
@@ -304,10 +308,13 @@ def cringe_backward(
         # adding atomically would not.
         column_E, order_E = torch.cat(columns).sort(stable=True)
         coef_E1, token_E = torch.cat(coefs)[order_E], order_E % max(1, len(target_T))
-        touched, counts = column_E.unique_consecutive(return_counts=True)
+        touched, counts = column_E.unique_consecutive(return_counts=True) if wait else (column_E, column_E)
 
         def add_into(gradient: Tensor, rows_E: Tensor) -> None:
-            if len(counts):  # segment_reduce refuses to sum nothing
+            if not wait:
+                # torch sorts by itself, so this too is the same on every run, but rounds once for every edge.
+                gradient.index_put_((column_E,), rows_E.to(gradient.dtype), accumulate=True)
+            elif len(counts):  # segment_reduce refuses to sum nothing
                 gradient[touched] = torch.segment_reduce(rows_E, "sum", lengths=counts).to(gradient.dtype)
 
         if need_bias and bias_V is not None:

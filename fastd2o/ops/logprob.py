@@ -17,11 +17,11 @@ from fastd2o.ops.checks import (
     check_head,
     check_integer,
     check_not_forward_mode,
-    choose_plan,
     check_target,
     check_transform,
-    select_counted,
+    choose_plan,
 )
+from fastd2o.ops.counted import Counted
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 
@@ -206,6 +206,7 @@ def linear_logodds(
         chosen.block_vocab,
         chosen.dtype,
         chosen.backend,
+        chosen.compact,
         stats,
     )
     outputs = [x.view(target.shape) for x in ((logodds, entropy, top1, mean_logit) if stats else (logodds,))]
@@ -264,19 +265,6 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def gather_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows that count; None means all."""
-    return tensor if rows is None else tensor.index_select(0, rows)
-
-
-def scatter_rows(values: Tensor, rows: Tensor | None, total: int, fill: float = 0) -> Tensor:
-    """The inverse of :func:`gather_rows`: a tensor of ``total`` rows with ``fill`` where nothing was gathered."""
-    if rows is None:
-        return values
-    out = values.new_full((total, *values.shape[1:]), fill)
-    return out.index_copy_(0, rows, values)
-
-
 @torch.library.custom_op("fastd2o::logodds", mutates_args=())
 def _logodds_op(
     hidden: Tensor,
@@ -292,24 +280,25 @@ def _logodds_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    compact: bool,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit; what was not asked for is empty."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
     tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
-    rows, total = select_counted(target, weight.shape[0], ignore_index), len(target)
+    counted = Counted.of_targets(target, weight.shape[0], ignore_index, compact)
     with without_autocast(hidden.device):
         result = engine.logodds_forward(
-            gather_rows(hidden, rows).to(dtype),
+            counted.gather(hidden).to(dtype),
             head,
-            gather_rows(target, rows),
+            counted.gather(target),
             tiling,
             unit=algorithm == "unit",
             statistics=stats,
         )
 
     def scattered(values: Tensor | None) -> Tensor:
-        return hidden.new_empty(0, dtype=tiling.sum_dtype) if values is None else scatter_rows(values, rows, total)
+        return hidden.new_empty(0, dtype=tiling.sum_dtype) if values is None else counted.scatter(values, len(target))
 
     entropy, top1, mean_logit = result.statistics or (None, None, None)
     return (
@@ -324,7 +313,7 @@ def _logodds_op(
 
 @_logodds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, algorithm, _, _, dtype, _, stats = options
+    *_, algorithm, _, _, dtype, _, _, stats = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
@@ -349,38 +338,37 @@ def _logodds_backward_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    compact: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias for ``coef = dL/dm``; those not needed are empty."""
     # A coefficient of exactly 0 has no gradient to form, whether the token is ignored or the loss is flat there.
-    rows: Tensor | None = coef.nonzero().squeeze(1)
-    if rows is not None and len(rows) == len(target):
-        rows = None
+    counted = Counted.where(coef != 0, compact)
     with without_autocast(hidden.device):
         gradients = engine.logodds_backward(
-            gather_rows(coef, rows),
-            gather_rows(hidden, rows).to(dtype),
+            counted.gather(coef),
+            counted.gather(hidden).to(dtype),
             engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
-            gather_rows(target, rows),
-            gather_rows(lse_others, rows),
+            counted.gather(target),
+            counted.gather(lse_others),
             engine.Tiling(block_tokens, block_vocab, dtype, backend),
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
         )
-    return pack_gradients(gradients, hidden, rows)
+    return pack_gradients(gradients, hidden, counted)
 
 
 def pack_gradients(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], hidden: Tensor, rows: Tensor | None
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], hidden: Tensor, counted: Counted
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward operator returns: hidden's gradient spread over all rows, and an empty tensor for each None (an
     operator has no way to return None)."""
     dhidden, dweight, dbias = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
     if gradients[0] is not None:
-        dhidden = scatter_rows(dhidden.to(hidden.dtype), rows, hidden.shape[0])
+        dhidden = counted.scatter(dhidden.to(hidden.dtype), hidden.shape[0])
     return dhidden, dweight, dbias
 
 
@@ -399,14 +387,12 @@ def empty_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *scalars, ignore_index, algorithm, block_tokens, block_vocab, dtype, backend, _ = (
-        inputs
-    )
+    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-6]
     _, lse_others, unit, *_ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.algorithm, ctx.ignore_index, ctx.hidden_dtype = algorithm, ignore_index, hidden.dtype
-    ctx.options = (*scalars, block_tokens, block_vocab, dtype, backend)
+    ctx.options = (*scalars, *inputs[-6:-1])
     # With a frozen head the unit gradient replaces hidden: neither it nor the weight is needed again.
     if algorithm == "unit":
         ctx.save_for_backward(target, unit)
@@ -425,7 +411,7 @@ def check_differentiated_once() -> None:
 
 def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 10
+    no_gradient = (None,) * 11
     if grad_logodds is None:
         return (None, None, None, None, *no_gradient)
     target, *saved = ctx.saved_tensors

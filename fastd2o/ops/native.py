@@ -14,13 +14,13 @@ moves it into place when it is whole. ``docs/building.md`` tells the user's side
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -65,7 +65,7 @@ _CAPABILITY_FLAGS = {
 }
 # torch's tool takes the operators of half and bfloat16 away from CUDA code; the last four give them back.
 NVCC_FLAGS = (
-    *("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", _STABLE_ABI_FLAG),
+    *("-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", _STABLE_ABI_FLAG),
     *("-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__"),
     *("-U__CUDA_NO_HALF2_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"),
 )
@@ -173,7 +173,8 @@ class Library:
     def found(self) -> list[Path]:
         """The intact binaries that fit, the preferred one first."""
         alike = f"{self.name}-*-{self.file.rpartition('-')[2]}"
-        paths = (path for folder in (PACKAGED, *cache_folders()) for path in sorted(folder.glob(alike)))
+        folders = (PACKAGED, *cache_folders())
+        paths = [folder / name for folder in folders for name in sorted(glob.glob(alike, root_dir=folder))]
         return [path for path in paths if self._served_by(path) and _intact(path)]
 
     def _served_by(self, path: Path) -> bool:
@@ -217,7 +218,7 @@ class Library:
                 for junk in folder.glob(f"{path.stem}.*.building") if alone else ():  # of builds that were killed
                     shutil.rmtree(junk, ignore_errors=True)
                 progress.begin("compiling")
-                with tempfile.TemporaryDirectory(prefix=f"{path.stem}.", suffix=".building", dir=folder) as scratch:
+                with tempfile.TemporaryDirectory(".building", f"{path.stem}.", folder) as scratch:
                     made = Path(scratch, self.file)
                     succeeded = self._compile(made)
                     made.with_suffix(".log").replace(log)
@@ -263,8 +264,10 @@ class Library:
     def _failure(self, log: Path) -> NativeError:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         first = next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "nothing was said")
+        tool = "CUDA 12.8 or newer, named in CUDA_HOME" if self.nvcc_flags else "g++ 11 or newer, named in CXX"
         return NativeError(
-            f"{self.title} did not compile: {first} (the whole log: {log}). Fix: GCC 11 or newer, named in CXX"
+            f"{self.title} did not compile: {first} (the whole log: {log}). Fix: use {tool}, or set FASTD2O_NATIVE=0 to do "
+            "without"
         )
 
     def _record(self, binary: Path) -> dict[str, object]:
@@ -448,9 +451,9 @@ def _cannot_build_cuda() -> str | None:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: CXX, or the first on the PATH."""
+    """The path of the C++ compiler: CXX, or the first on the PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((name for name in names if shutil.which(name.split()[0])), None)
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def ninja() -> str | None:
@@ -471,13 +474,11 @@ def nvcc() -> str | None:
 
 
 @functools.cache
-def version_of(command: str) -> str:
+def version_of(path: str) -> str:
     """What a compiler says of its version, in one line."""
     try:
-        said = subprocess.run(
-            [*shlex.split(command), "--version"], capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
         return f"unknown: {error}"
     lines = said.stdout.splitlines() or ["unknown"]
     return next((line for line in lines if "release" in line), lines[0])
@@ -521,8 +522,8 @@ def _others_can_write(folder: Path) -> bool:
 
 
 def _can_be_written(folder: Path) -> bool:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _writable_cache() -> Path:

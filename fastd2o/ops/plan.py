@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -52,6 +52,9 @@ class Plan:
         device: ``"cpu"`` or ``"cuda"``.
         cast_weight: the weight has another dtype and is cast slab by slab.
         backend: of the tile operations, see :func:`fastd2o.backends`.
+        compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
+            forward and once a backward. False: nothing waits, and all tokens are projected, as in a CUDA graph, during
+            whose capture this is chosen by itself.
     """
 
     algorithm: Algorithm
@@ -64,6 +67,7 @@ class Plan:
     device: str = "cpu"
     cast_weight: bool = False
     backend: str = "torch"
+    compact: bool = True
 
     def __post_init__(self) -> None:
         if self.algorithm not in _ALGORITHMS:
@@ -94,7 +98,7 @@ class Plan:
                 algorithm = "recompute"
             elif hidden.requires_grad:
                 algorithm = "unit"
-        return cls.choose(
+        plan = cls.choose(
             tokens=hidden.numel() // hidden.shape[-1],
             hidden_size=hidden.shape[-1],
             vocab_size=weight.shape[0],
@@ -104,6 +108,8 @@ class Plan:
             cast_weight=weight.dtype != dtype,
             backend=resolve(backend, device, dtype),
         )
+        capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
+        return replace(plan, compact=False) if capturing else plan
 
     @classmethod
     def choose(

@@ -1,8 +1,9 @@
 """The small operations a backend supplies to the engine: what happens to a tile of logits while it is still in cache.
 
 The engine walks; a :class:`TileOps` multiplies, folds, differentiates, ranks and draws. All but the product see the
-*raw* tile ``u = W h + b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in float32
-(float64 for float64 inputs). A column whose raw logit is -inf is padding: it takes no part, whatever the transform.
+*raw* tile ``u = W h + b`` and apply the logit transform ``z = softcap(logit_scale * u) / temperature`` themselves, in
+float32 (float64 for float64 inputs). A column whose raw logit is -inf is padding: it takes no part, whatever the
+transform.
 
 Shapes: T tokens of the tile, N columns of the tile, starting at column ``vocab_start`` of the vocabulary. Per-token
 state is kept as ``[T, 1]`` columns, so that it broadcasts against a tile.

@@ -48,7 +48,8 @@ def test_value_and_gradients(
     dtype: torch.dtype, tolerance: float, options: dict[str, Any], detach_positive: bool
 ) -> None:
     case = make_case(tokens=31, dtype=dtype, **options)
-    for plan in (None, plan_of(case, 7, 50)):
+    tiled = plan_of(case, 7, 50)
+    for plan in (None, tiled, dataclasses.replace(tiled, compact=False)):
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
         out = fastd2o.linear_cringe(
             leaves["hidden"], leaves["weight"], case.target, bias=leaves["bias"], seed=5, plan=plan,

@@ -309,6 +309,33 @@ def test_everything_ignored_is_a_zero_that_is_still_connected(dtype: torch.dtype
         assert torch.equal(gradient, torch.zeros_like(case.tensors[name]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+def test_without_waiting_for_the_device_nothing_changes(head: str, dtype: torch.dtype) -> None:
+    """All tokens projected, as in a CUDA graph, with garbage where they do not count."""
+    case = make_case(dtype=dtype, ignored=0.4)
+    hidden = case.hidden.clone()
+    hidden[case.target == -100] = torch.nan
+    case = dataclasses.replace(case, hidden=hidden)
+    algorithm = {"trained": "recompute", "frozen": "unit", "no_grad": "forward"}[head]
+    plan = small_tiles(case, algorithm)
+    expected, expected_gradients = run(case, head, plan=plan)
+    value, gradients = run(case, head, plan=dataclasses.replace(plan, compact=False))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2  # other sums share a rounding
+    assert relative_error(value, expected) <= tolerance
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) <= tolerance, name
+
+
+def test_without_waiting_a_wrong_target_is_still_refused_on_the_cpu() -> None:
+    case = make_case()
+    target = case.target.clone()
+    target[3] = 10**6
+    plan = dataclasses.replace(small_tiles(case), compact=False)
+    with pytest.raises(ValueError, match="flat position 3"):
+        fastd2o.linear_logprob(case.hidden, case.weight, target, plan=plan)
+
+
 def test_leading_dimensions_and_strides_do_not_matter() -> None:
     case = make_case(tokens=12, dtype=torch.float64)
     expected, expected_gradients = case.oracle()

@@ -1,0 +1,74 @@
+"""The tokens that count: what a call projects of all that it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Which of T tokens count, in one of three forms.
+
+    Attributes:
+        rows: ``[C]`` int64, those that do: the others cost nothing, at the price of one wait for the device.
+        mask: ``[T]`` bool, True for those that do: the others are computed with zeros in their places, and their
+            results dropped, but nothing waits. A CUDA graph can hold that.
+
+    With neither, all count.
+    """
+
+    rows: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of_targets(cls, target_T: Tensor, vocab_size: int, ignore_index: int, compact: bool) -> Counted:
+        """Those whose target is not ``ignore_index``.
+
+        Raises:
+            ValueError: a target outside ``[0, V)`` that is not ``ignore_index``; the message names the first. Without
+                ``compact`` on CUDA the device asserts instead, later.
+        """
+        counted = target_T != ignore_index
+        outside = counted & ((target_T < 0) | (target_T >= vocab_size))
+        if not compact and target_T.is_cuda:
+            torch._assert_async(~outside.any(), "a target lies outside [0, V) and is not ignore_index")
+            return cls(mask=counted)
+        number, wrong = torch.stack([counted.sum(), outside.sum()]).tolist()
+        if wrong:
+            position = int(outside.nonzero()[0])
+            raise ValueError(
+                f"target holds {int(target_T[position])} at flat position {position} ({wrong} such in all): expected "
+                f"ids in [0, {vocab_size}), or ignore_index={ignore_index} for positions to leave out"
+            )
+        if not compact:
+            return cls(mask=counted)
+        return cls() if number == len(target_T) else cls(rows=counted.nonzero().squeeze(1))
+
+    @classmethod
+    def where(cls, counted: Tensor, compact: bool) -> Counted:
+        """Those of a mask ``[T]``."""
+        if not compact:
+            return cls(mask=counted)
+        rows = counted.nonzero().squeeze(1)
+        return cls() if len(rows) == len(counted) else cls(rows=rows)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of ``tensor [T, ...]`` that count, or all of them with 0 in the others."""
+        if self.rows is not None:
+            return tensor.index_select(0, self.rows)
+        return tensor if self.mask is None else torch.where(self._mask_like(tensor), tensor, 0)
+
+    def scatter(self, values: Tensor, total: int, fill: float = 0) -> Tensor:
+        """Results of what :meth:`gather` gave, as a tensor of ``total`` rows with ``fill`` in those that do not
+        count."""
+        if self.rows is not None:
+            out = values.new_full((total, *values.shape[1:]), fill)
+            return out.index_copy_(0, self.rows, values)
+        return values if self.mask is None else torch.where(self._mask_like(values), values, fill)
+
+    def _mask_like(self, tensor: Tensor) -> Tensor:
+        assert self.mask is not None
+        return self.mask.view(-1, *(1,) * (tensor.dim() - 1))
