@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-HELP = "show versions, devices, which backends and extras work here, and why the others do not"
+HELP = "show versions, devices, which backends, kernels and extras work here, and why the others do not"
 
 _EPILOG = """\
 examples:
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The report as JSON-ready values: ``versions``, ``machine``, ``devices``, ``backends``, ``extras``."""
+    """The report as JSON-ready values: ``versions``, ``machine``, ``devices``, ``backends``, ``native``,
+    ``extras``."""
     import fastd2o
 
     return {
@@ -55,6 +56,7 @@ def examine() -> dict[str, Any]:
         "machine": _machine(),
         "devices": _devices(),
         "backends": fastd2o.backends(),
+        "native": _native(),
         "extras": _extras(),
     }
 
@@ -102,6 +104,32 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
+
+
+def _native() -> dict[str, Any]:
+    """What compiles the native kernels, where they are kept, and where each library is or why it cannot be had."""
+    from fastd2o.ops import native
+
+    if sys.platform != "linux":
+        return {"kernels": f"no: {native.unsupported('cpu')}"}
+
+    def tool(path: str | None) -> str | None:
+        return path and f"{path}: {native.version_of(path)}"
+
+    def library(kind: native.Kind) -> str:
+        path = native.built(kind)
+        reason = native.unavailable(kind)
+        if reason is not None:
+            return f"no: {reason}"
+        return "not built yet; fastd2o build, or first use, builds it" if path is None else f"built: {path}"
+
+    return {
+        "compiler": tool(native.compiler()),
+        "ninja": tool(native.ninja()),
+        "nvcc": tool(native.nvcc()),
+        "cache": " or else ".join(map(str, native.cache_folders())),
+        **{f"{kind} kernels": library(kind) for kind in native.KINDS},
+    }
 
 
 def _extras() -> dict[str, str | None]:
@@ -157,4 +185,5 @@ def _print_tables(report: dict[str, Any]) -> None:
     }
     table("Accelerators", accelerators or {"none": "everything runs on the CPU"})
     table("Backends of the fused operators", status(report["backends"]))
+    table("Native kernels", {name: value or "not found" for name, value in report["native"].items()})
     table("Extras", status(report["extras"]))

@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -221,6 +221,8 @@ class Library:
                 with tempfile.TemporaryDirectory(".building", f"{path.stem}.", folder) as scratch:
                     made = Path(scratch, self.file)
                     succeeded = self._compile(made)
+                    if replace(self).file != self.file:
+                        raise NativeError(f"the sources of {self.title} changed meanwhile. Fix: start again")
                     made.with_suffix(".log").replace(log)
                     if not succeeded:
                         raise self._failure(log)
@@ -266,7 +268,7 @@ class Library:
         first = next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "nothing was said")
         tool = "CUDA 12.8 or newer, named in CUDA_HOME" if self.nvcc_flags else "g++ 11 or newer, named in CXX"
         return NativeError(
-            f"{self.title} did not compile: {first} (the whole log: {log}). Fix: use {tool}, or set FASTD2O_NATIVE=0 to do "
+            f"{self.title} did not compile: {first} (the whole log: {log}). Fix: use {tool}; FASTD2O_NATIVE=0 does "
             "without"
         )
 
@@ -350,8 +352,10 @@ def ahead() -> list[Library]:
 def copy_into(folder: Path, path: Path) -> Path:
     """Copy a built library and its record to another folder, and return where it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(path.with_suffix(".json"), folder)
-    return Path(shutil.copy2(path, folder))
+    with suppress(shutil.SameFileError):
+        for file in (path, path.with_suffix(".json")):
+            shutil.copy2(file, folder)
+    return folder / path.name
 
 
 def _libraries(kind: Kind) -> tuple[Library, Library]:
@@ -429,10 +433,8 @@ def cannot_build(kind: Kind) -> str | None:
         absent = "setuptools" if ninja() else "ninja"
         return f"{absent} is not installed, which compiling needs. Fix: pip install 'fastd2o[native]'"
     if not any(_can_be_written(folder) for folder in cache_folders()):
-        folders = " nor ".join(map(str, cache_folders()))
-        return (
-            f"the compiled kernels could not be kept: {folders} cannot be written. Fix: set FASTD2O_CACHE to a folder"
-        )
+        tried = ", ".join(map(str, cache_folders()))
+        return f"no folder for the compiled kernels can be written (tried: {tried}). Fix: set FASTD2O_CACHE to one"
     return _cannot_build_cuda() if kind == "cuda" else None
 
 
@@ -452,7 +454,7 @@ def _cannot_build_cuda() -> str | None:
 
 def compiler() -> str | None:
     """The path of the C++ compiler: CXX, or the first on the PATH."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
     return next(filter(None, map(shutil.which, names)), None)
 
 
@@ -504,12 +506,15 @@ def cache_folders() -> list[Path]:
     """The folders that binaries are looked for in, and of which the first that can be written takes new ones."""
     named = os.environ.get("FASTD2O_CACHE")
     if named:
-        return [Path(named).expanduser().absolute()]
+        return [Path(os.path.expanduser(named)).absolute()]
     folders = []
     with suppress(RuntimeError):  # there is no home
         folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastd2o"))
-    temporary = Path(tempfile.gettempdir(), f"fastd2o-{os.getuid()}")
-    return folders if _others_can_write(temporary) else [*folders, temporary]
+    with suppress(FileNotFoundError):  # nor a folder for temporary files
+        temporary = Path(tempfile.gettempdir(), f"fastd2o-{os.getuid()}")
+        if not _others_can_write(temporary):
+            folders.append(temporary)
+    return folders
 
 
 def _others_can_write(folder: Path) -> bool:
@@ -538,8 +543,9 @@ def _writable_cache() -> Path:
         else:
             if folder in cache_folders():  # still: nobody else has just made it
                 return folder
+    tried = "; ".join(problems)
     raise NativeError(
-        f"the compiled kernels cannot be kept ({'; '.join(problems)}). Fix: set FASTD2O_CACHE to a folder"
+        f"no folder for the compiled kernels can be written ({tried}). Fix: set FASTD2O_CACHE to one that can"
     )
 
 
