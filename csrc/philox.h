@@ -1,5 +1,5 @@
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Cringe's draw from it: bit for bit
-// fastd2o/ops/philox.py and docs/engine.md, "The draw, exactly".
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Cringe's draw from it: bit
+// for bit fastd2o/ops/philox.py and docs/engine.md, "The draw, exactly".
 #pragma once
 
 #include <cmath>

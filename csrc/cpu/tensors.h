@@ -36,10 +36,12 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
   STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()), ", which it does not take");
 }
 
-// A matrix of contiguous rows, at any distance from each other.
-inline void check_rows(const char* op, const char* name, const Tensor& tensor) {
+// A matrix of contiguous rows, at any distance from each other, but apart where they are written.
+inline void check_rows(const char* op, const char* name, const Tensor& tensor, bool written) {
   STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), op, ": expected ", name,
                   " as a matrix whose rows are contiguous");
+  STD_TORCH_CHECK(!written || tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1), op, ": the rows of ", name,
+                  " overlap, and are written");
 }
 
 }  // namespace fastd2o

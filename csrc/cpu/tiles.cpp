@@ -104,6 +104,12 @@ float total(const Vec& values) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
 }
 
+// The target's position in a tile, or -1 where it lies in another. Without a sign, because a difference may overflow.
+int64_t position_of(int64_t target, int64_t vocab_start, int64_t columns) {
+  const uint64_t position = static_cast<uint64_t>(target) - static_cast<uint64_t>(vocab_start);
+  return position < static_cast<uint64_t>(columns) ? static_cast<int64_t>(position) : -1;
+}
+
 // A column of per-token state, [T, 1] with any distance between its entries.
 template <typename T>
 struct Column {
@@ -119,6 +125,8 @@ Column<T> column(const char* op, const char* name, const Tensor& tensor, int64_t
   check_dtype(op, name, tensor, {std::is_same_v<std::remove_const_t<T>, float> ? ScalarType::Float : ScalarType::Long});
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == tokens && tensor.size(1) == 1, op, ": expected ", name, " as [", tokens,
                   ", 1]");
+  STD_TORCH_CHECK(std::is_const_v<T> || tokens <= 1 || tensor.stride(0) != 0, op, ": the rows of ", name,
+                  " are one and the same, and are written");
   if constexpr (std::is_const_v<T>) return {static_cast<T*>(tensor.const_data_ptr()), tensor.stride(0)};
   return {static_cast<T*>(const_cast<void*>(static_cast<const void*>(tensor.mutable_data_ptr()))), tensor.stride(0)};
 }
@@ -130,14 +138,24 @@ Column<T> column(const char* op, const char* name, const std::optional<Tensor>& 
 
 void check_tile(const char* op, const char* name, const Tensor& tile, const Tensor& logits) {
   check_dtype(op, name, tile, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-  check_rows(op, name, tile);
+  check_rows(op, name, tile, true);
   STD_TORCH_CHECK(tile.size(0) == logits.size(0) && tile.size(1) == logits.size(1), op, ": expected ", name, " of logits' shape [",
                   logits.size(0), ", ", logits.size(1), "]");
+  const bool same = tile.scalar_type() == ScalarType::Float && (tile.size(0) <= 1 || tile.stride(0) == logits.stride(0));
+  STD_TORCH_CHECK(same || tile.numel() == 0 || tile.const_data_ptr() != logits.const_data_ptr(), op, ": ", name,
+                  " shares memory with logits but has another dtype or row stride");
 }
 
-void check_logits(const char* op, const Tensor& logits) {
+void check_logits(const char* op, const Tensor& logits, int64_t vocab_start, bool written) {
   check_dtype(op, "logits", logits, {ScalarType::Float});
-  check_rows(op, "logits", logits);
+  check_rows(op, "logits", logits, written);
+  STD_TORCH_CHECK(vocab_start >= 0 && vocab_start <= UINT32_MAX - logits.size(1), op, ": vocab_start is ", vocab_start,
+                  ", expected columns in [0, 2^32)");
+}
+
+// Rows that are worth a thread's start.
+int64_t grain(int64_t columns) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
 }
 
 struct Fold {
@@ -165,8 +183,8 @@ struct Fold {
       }
       total_logit[t] += total(sum_logits);
     }
-    const int64_t position = target[t] - vocab_start;
-    if (position >= 0 && position < columns) {
+    const int64_t position = position_of(target[t], vocab_start, columns);
+    if (position >= 0) {
       target_logit[t] = logits[position];
       logits[position] = -kInfinity;
     }
@@ -221,7 +239,7 @@ struct Fold {
     float* const rows = static_cast<float*>(logits.mutable_data_ptr());
     Weight* const weight_rows = weights ? static_cast<Weight*>(weights->mutable_data_ptr()) : nullptr;
     const int64_t stride = logits.stride(0), weight_stride = weights ? weights->stride(0) : 0;
-    parallel_for(logits.size(0), std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
+    parallel_for(logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
       std::vector<float> bends(weights && transform.capped() ? columns : 0);
       for (int64_t t = begin; t < end; t++) {
         row(t, rows + t * stride, weight_rows ? weight_rows + t * weight_stride : nullptr, bends.data());
@@ -234,7 +252,7 @@ void fold_(Tensor logits, Tensor target, int64_t vocab_start, Tensor max, Tensor
            std::optional<Tensor> weights, std::optional<Tensor> weighted, std::optional<Tensor> argmax,
            std::optional<Tensor> total_logit, double logit_scale, std::optional<double> softcap, double temperature) {
   constexpr const char* op = "fold_";
-  check_logits(op, logits);
+  check_logits(op, logits, vocab_start, true);
   const int64_t tokens = logits.size(0);
   STD_TORCH_CHECK(weighted.has_value() == argmax.has_value() && weighted.has_value() == total_logit.has_value(),
                   "fold_: weighted, argmax and total are statistics: pass all three, or none");
@@ -250,7 +268,7 @@ void fold_(Tensor logits, Tensor target, int64_t vocab_start, Tensor max, Tensor
                   column<float>(op, "total", total_logit, tokens),
                   column<int64_t>(op, "argmax", argmax, tokens)};
   if (weights) check_tile(op, "weights", *weights, logits);
-  if (logits.numel() == 0) return;
+  if (tokens == 0) return;
   const ScalarType dtype = weights ? weights->scalar_type() : ScalarType::Float;
   if (dtype == ScalarType::Float) return fold.run<float>(logits, weights);
   if (dtype == ScalarType::BFloat16) return fold.run<BFloat16>(logits, weights);
@@ -260,19 +278,17 @@ void fold_(Tensor logits, Tensor target, int64_t vocab_start, Tensor max, Tensor
 template <typename Out>
 void grad_rows(const Tensor& out, const Tensor& logits, const Column<const int64_t>& target, int64_t vocab_start,
                const Column<const float>& lse_others, const Column<const float>& coef, const Transform& transform) {
-  float* const rows = static_cast<float*>(logits.mutable_data_ptr());
+  const float* const rows = static_cast<const float*>(logits.const_data_ptr());
   Out* const out_rows = static_cast<Out*>(out.mutable_data_ptr());
   const int64_t columns = logits.size(1), stride = logits.stride(0), out_stride = out.stride(0);
-  parallel_for(logits.size(0), std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
+  parallel_for(logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
-      float* const row = rows + t * stride;
+      const float* const row = rows + t * stride;
       Out* const out_row = out_rows + t * out_stride;
       if (coef[t] == 0) {
         std::fill_n(out_row, columns, Out(0.0f));
         continue;
       }
-      const int64_t position = target[t] - vocab_start;
-      if (position >= 0 && position < columns) row[position] = -kInfinity;
       // A token whose other logits are all -inf has no softmax over them; shifting by 0 leaves their exponentials at 0.
       const Vec shift(lse_others[t] == -kInfinity ? 0.0f : lse_others[t]), factor(-coef[t]);
       for (int64_t i = 0; i < columns; i += 2 * Vec::size()) {
@@ -286,6 +302,8 @@ void grad_rows(const Tensor& out, const Tensor& logits, const Column<const int64
         }
         store(out_row + i, gradient[0], gradient[1], columns - i);
       }
+      const int64_t position = position_of(target[t], vocab_start, columns);
+      if (position >= 0) out_row[position] = Out(0.0f);
     }
   });
 }
@@ -293,7 +311,7 @@ void grad_rows(const Tensor& out, const Tensor& logits, const Column<const int64
 void grad_(Tensor out, Tensor logits, Tensor target, int64_t vocab_start, Tensor lse_others, Tensor coef, double logit_scale,
            std::optional<double> softcap, double temperature) {
   constexpr const char* op = "grad_";
-  check_logits(op, logits);
+  check_logits(op, logits, vocab_start, false);
   check_tile(op, "out", out, logits);
   const int64_t tokens = logits.size(0);
   const auto targets = column<const int64_t>(op, "target", target, tokens);
@@ -310,10 +328,15 @@ void grad_(Tensor out, Tensor logits, Tensor target, int64_t vocab_start, Tensor
   grad_rows<Half>(out, logits, targets, vocab_start, lse, coefs, transform);
 }
 
-// Put a logit where it belongs among the k largest, kept largest first. NaN counts as larger than all, so that it is seen.
+// Whether a logit ranks above another. NaN ranks above all others, so that it is seen.
+bool above(float a, float b) {
+  return a > b || (std::isnan(a) && !std::isnan(b));
+}
+
+// Put a logit where it belongs among the k largest, kept largest first.
 void insert(float value, int64_t index, float* values, int64_t* indices, int64_t k) {
   int64_t place = k - 1;
-  for (; place > 0 && !(value <= values[place - 1]); place--) {
+  for (; place > 0 && above(value, values[place - 1]); place--) {
     values[place] = values[place - 1];
     indices[place] = indices[place - 1];
   }
@@ -324,7 +347,7 @@ void insert(float value, int64_t index, float* values, int64_t* indices, int64_t
 void topk_(Tensor logits, Tensor target, int64_t vocab_start, Tensor values, Tensor index, double logit_scale,
            std::optional<double> softcap, double temperature) {
   constexpr const char* op = "topk_";
-  check_logits(op, logits);
+  check_logits(op, logits, vocab_start, false);
   check_dtype(op, "values", values, {ScalarType::Float});
   check_dtype(op, "index", index, {ScalarType::Long});
   const int64_t tokens = logits.size(0), columns = logits.size(1), k = values.dim() == 2 ? values.size(1) : 0;
@@ -338,25 +361,27 @@ void topk_(Tensor logits, Tensor target, int64_t vocab_start, Tensor values, Ten
   float* const best_values = static_cast<float*>(values.mutable_data_ptr());
   int64_t* const best_indices = static_cast<int64_t*>(index.mutable_data_ptr());
   const int64_t stride = logits.stride(0);
-  constexpr int64_t kBlock = 4 * Vec::size();
-  parallel_for(tokens, std::max<int64_t>(1, kGrain / columns), [&](int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = 8 * Vec::size();
+  parallel_for(tokens, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       const float* const row = rows + t * stride;
       float* const best = best_values + t * k;
       int64_t* const indices = best_indices + t * k;
-      const int64_t excluded = targets[t] - vocab_start;
+      const int64_t excluded = position_of(targets[t], vocab_start, columns);
       for (int64_t i = 0; i < columns; i += kBlock) {
-        float z[kBlock];
-        Vec block_best(-kInfinity);
-        for (int64_t v = 0; v < kBlock && i + v < columns; v += Vec::size()) {
-          const Vec values_here = transform(load(row + i + v, columns - i - v));
-          values_here.store(z + v);
-          block_best = at::vec::maximum(block_best, values_here);
+        // Blocks without a logit above the k-th largest so far, nearly all of them, end here. "Not at most" takes NaN along.
+        const int64_t block_end = std::min(i + kBlock, columns);
+        Vec at_most = transform(load(row + i, columns - i)) <= Vec(best[k - 1]);
+        for (int64_t j = i + Vec::size(); j < block_end; j += Vec::size()) {
+          at_most = at_most & (transform(load(row + j, columns - j)) <= Vec(best[k - 1]));
         }
-        // Blocks without a logit above the k-th largest so far, nearly all of them, end here.
-        if ((block_best <= Vec(best[k - 1])).zero_mask() == 0) continue;
-        for (int64_t j = i; j < std::min(i + kBlock, columns); j++) {
-          if (j != excluded && !(z[j - i] <= best[k - 1])) insert(z[j - i], vocab_start + j, best, indices, k);
+        if (at_most.zero_mask() == 0) continue;
+        for (int64_t j = i; j < block_end; j += Vec::size()) {
+          float z[Vec::size()];
+          transform(load(row + j, columns - j)).store(z);
+          for (int64_t lane = 0; lane < std::min<int64_t>(Vec::size(), columns - j); lane++) {
+            if (j + lane != excluded && above(z[lane], best[k - 1])) insert(z[lane], vocab_start + j + lane, best, indices, k);
+          }
         }
       }
     }

@@ -428,6 +428,24 @@ def test_two_runs_give_the_same_bits(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_number_of_threads_does_not_change_the_bits(head: str, dtype: torch.dtype, default_backend: str) -> None:
+    if default_backend == "torch":
+        pytest.skip("torch's own products promise no such thing")
+    case = make_case(tokens=300, hidden_size=70, vocab_size=3001, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            value, gradients = run(case, head)
+            results.append([value, *gradients.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[0], other, strict=True))
+
+
 def test_a_second_derivative_is_refused() -> None:
     case = make_case()
     for trained in (True, False):
