@@ -25,15 +25,28 @@ lint:
 	@$(call PYTHON_WITH,dev) && echo "lint: ruff check, ruff format" && "$$python" -m ruff check . && \
 	  "$$python" -m ruff format --check . && echo "types: mypy" && "$$python" -m mypy
 
-# Operators against the peers that are installed; writes benchmarks/results/<device>-<shape>.json.
+# This library, the peers that are installed and the bare matrix products: benchmarks/results/<device>-<shape>.json.
+# ARGS=--suite measures all shapes that have targets. Then the README's tables, from what is there.
 bench:
-	@$(call PYTHON_WITH,dev) && "$$python" -m benchmarks.logprob $(ARGS)
+	@$(call PYTHON_WITH,dev) && "$$python" -m benchmarks.logprob $(ARGS) && "$$python" -m benchmarks.readme
 
-# Everything that needs a CUDA device, in one command and with the Python on the PATH (or PYTHON=), which needs torch,
-# pytest and rich: the GPU tests, then the benchmark.
+# Everything that needs a CUDA device, in one command of under eight minutes, with the Python on the PATH (or PYTHON=),
+# which needs torch, pytest, rich and ninja: the kernels are compiled and run, the GPU tests, every kernel under
+# compute-sanitizer where that works, the benchmark. All of it is done even if a part fails.
+SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 $(SANITIZER) --error-exitcode 1 --kernel-name kns=fastd2o
 gpu:
-	@python=$${PYTHON:-python3} && "$$python" -m pytest -q tests/gpu && \
-	  "$$python" -m benchmarks.logprob --device cuda --tokens 8192 --hidden 4096 $(ARGS)
+	@python=$${PYTHON:-python3}; failed=; \
+	echo "gpu: kernels"; "$$python" -m benchmarks.every_kernel || failed="$$failed kernels"; \
+	echo "gpu: tests"; "$$python" -m pytest -q tests/gpu || failed="$$failed tests"; \
+	if [ -z "$(SANITIZER)" ]; then echo "gpu: there is no compute-sanitizer here"; \
+	elif ! $(SANITIZE) "$$python" -c 'import torch; torch.ones(8, device="cuda").sum().item()' >/dev/null 2>&1; then \
+	  echo "gpu: compute-sanitizer does not work with this device"; \
+	else for tool in memcheck racecheck; do \
+	  echo "gpu: $$tool"; $(SANITIZE) --tool $$tool "$$python" -m benchmarks.every_kernel || failed="$$failed $$tool"; \
+	done; fi; \
+	echo "gpu: benchmark"; "$$python" -m benchmarks.logprob --device cuda $(ARGS) || failed="$$failed benchmark"; \
+	if [ -n "$$failed" ]; then echo "gpu: failed:$$failed"; exit 1; fi
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

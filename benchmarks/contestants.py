@@ -1,85 +1,152 @@
 """Every way to a token's log-probability behind one signature: ``(hidden [T, D], weight [V, D], target [T]) -> [T]``.
 
-A contestant is differentiable in hidden, and in weight where that requires a gradient. One that is not installed says
-so.
+A contestant is differentiable in hidden, and in weight where that requires a gradient. Some also know Cringe. One that
+is not installed, or does not run here, says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastd2o
+from benchmarks.cases import CRINGE_K
+from fastd2o.ops.backends import supported
 
-Contestant = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _fastd2o() -> Contestant:
-    return lambda hidden, weight, target: fastd2o.linear_logprob(hidden, weight, target)
-
-
-def _eager() -> Contestant:
-    def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return (hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
-
-    return eager
+Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
+Cringe = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _torch_chunked() -> Contestant:
-    from torch.nn import LinearCrossEntropyOptions  # torch 2.13
+@dataclass(frozen=True)
+class Contestant:
+    """
+    Attributes:
+        name: in results and tables.
+        logprob: hidden, weight, target -> log-probabilities [T].
+        cringe: hidden, weight, negative tokens -> the loss [T] of Cringe and the columns drawn as positives [T].
+        backend: of FastD2O; None for a peer.
+    """
 
-    options = LinearCrossEntropyOptions()
-    return lambda hidden, weight, target: (
-        -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
-    )
-
-
-def _trl() -> Contestant:
-    from trl.kernels import ChunkedLogProbFunction
-
-    def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # 8192 columns is the chunk that TRL's DPOTrainer passes; no optional outputs.
-        result: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 8192, None, 1.0, ())[0]
-        return result
-
-    return chunked
+    name: str
+    logprob: Logprob
+    cringe: Cringe | None = None
+    backend: str | None = None
 
 
-CONTESTANTS: dict[str, Callable[[], Contestant]] = {
-    "fastd2o": _fastd2o,
-    "torch chunked": _torch_chunked,  # F.linear_cross_entropy with LinearCrossEntropyOptions()
-    "trl chunked": _trl,  # ChunkedLogProbFunction
-    "eager": _eager,  # logits in the inputs' dtype, log-softmax in float32
-}
-
-
-def load() -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The contestants that work here, and for each of the others why it does not."""
-    present: dict[str, Contestant] = {}
+def load(device: str, dtype: torch.dtype, skip: Sequence[str] = ()) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants that work here, and for each of the others why it does not. ``skip``: not even to be imported
+    are those whose name contains one of these words."""
+    present: list[Contestant] = []
     absent: dict[str, str] = {}
-    for name, make in CONTESTANTS.items():
+
+    def skipped(name: str) -> bool:
+        return any(word in name for word in skip)
+
+    reasons = fastd2o.backends()
+    # The device's own kernels first: what all others are compared with.
+    for backend in sorted(reasons, key=lambda backend: backend != device):
+        name, of_another_device = f"fastd2o {backend}", backend in {"cpu", "cuda"} - {device}
+        reason = "skipped" if skipped(name) else reasons[backend] or supported(backend, device, dtype)
+        if reason is None:
+            present.append(_fastd2o(name, backend))
+        elif not of_another_device:
+            absent[name] = reason
+    for name, make in _PEERS.items():
         try:
-            present[name] = make()
+            if skipped(name):
+                absent[name] = "skipped"
+            else:
+                present.append(make(name))
         except ImportError as error:
             absent[name] = str(error)
     return present, absent
 
 
-def matrix_products(hidden: Tensor, weight: Tensor, columns: int, number: int) -> None:
-    """The bare matrix products of an algorithm, tile by tile: ``number`` x 2·T·D·V operations and nothing else."""
-    tokens, vocab_size = len(hidden), len(weight)
-    grad = torch.ones((tokens, min(columns, vocab_size)), dtype=hidden.dtype, device=hidden.device)
-    for start in range(0, vocab_size, columns):
-        slab = weight[start : start + columns]
-        tile = grad[:, : len(slab)]
-        products = (
-            lambda: hidden @ slab.T,  # noqa: B023  logits
-            lambda: tile @ slab,  # noqa: B023  hidden's gradient
-            lambda: tile.T @ hidden,  # noqa: B023  weight's gradient
-            lambda: hidden @ slab.T,  # noqa: B023  logits again
-        )
-        for product in products[:number]:
-            product()
+def _fastd2o(name: str, backend: str) -> Contestant:
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return fastd2o.linear_logprob(hidden, weight, target, backend=backend)
+
+    def cringe(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        output = fastd2o.linear_cringe(hidden, weight, target, k=CRINGE_K, backend=backend)
+        return output.loss, output.positive
+
+    return Contestant(name, logprob, cringe, backend)
+
+
+def _cut_cross_entropy(name: str) -> Contestant:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # Its kernels are Triton's, for CUDA; elsewhere it has logits, and torch.compile to fuse what follows.
+        implementation = "cce" if hidden.is_cuda else "torch_compile"
+        result: Tensor = -linear_cross_entropy(hidden, weight, target, reduction="none", impl=implementation)
+        return result
+
+    return Contestant(name, logprob)
+
+
+def _liger(name: str) -> Contestant:
+    # Of Liger's losses the one that gives log-probabilities token by token, and that runs without a GPU.
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as ScaledCrossEntropy
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        result: Tensor = -ScaledCrossEntropy.apply(hidden, weight, target)
+        return result
+
+    return Contestant(name, logprob)
+
+
+def _trl(name: str) -> Contestant:
+    from trl.kernels import ChunkedLogProbFunction
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # 8192 columns is the chunk that TRL's DPOTrainer passes; no optional outputs.
+        result: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 8192, None, 1.0, ())[0]
+        return result
+
+    return Contestant(name, logprob)
+
+
+def _torch_chunked(name: str) -> Contestant:
+    from torch.nn import LinearCrossEntropyOptions  # torch 2.13
+
+    options = LinearCrossEntropyOptions()
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -F.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
+
+    return Contestant(name, logprob)
+
+
+def _eager(name: str) -> Contestant:
+    """Logits in the inputs' dtype, the rest in float32."""
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return (hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+    def cringe(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (hidden @ weight.T).float()
+        top, column = logits.topk(CRINGE_K + 1)
+        # The negative token goes, or else the last.
+        is_negative = column == target[:, None]
+        last = torch.full_like(target, CRINGE_K)
+        dropped = torch.where(is_negative.any(1), is_negative.int().argmax(1), last)
+        drawn = top.detach().scatter(1, dropped[:, None], -torch.inf).softmax(-1).multinomial(1)
+        loss = F.softplus(logits.gather(1, target[:, None]) - top.gather(1, drawn))
+        return loss[:, 0], column.gather(1, drawn)[:, 0]
+
+    return Contestant(name, logprob, cringe)
+
+
+# In the order of tables.
+_PEERS: dict[str, Callable[[str], Contestant]] = {
+    "cut-cross-entropy": _cut_cross_entropy,
+    "liger": _liger,  # LigerFusedLinearScaledCrossEntropyFunction
+    "trl chunked": _trl,  # ChunkedLogProbFunction
+    "torch chunked": _torch_chunked,  # F.linear_cross_entropy with LinearCrossEntropyOptions()
+    "eager": _eager,
+}

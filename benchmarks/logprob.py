@@ -1,177 +1,116 @@
-"""Time, memory and error of token log-probabilities, forward and backward, ours beside the peers that are installed.
+"""Token log-probabilities and Cringe: time, memory and error of FastD2O, its peers and the bare matrix products.
 
-    python -m benchmarks.logprob [--device cuda] [--tokens 2048] [--hidden 1024] [--vocab 128256] [--dtype bfloat16]
+    python -m benchmarks.logprob                                       one shape; the default is 2048 x 1024 x 128256
+    python -m benchmarks.logprob --tokens 64 2048 --dtype float32      several: all combinations
+    python -m benchmarks.logprob --suite                               all shapes that have targets on the CPU
+    python -m benchmarks.logprob --device cuda                         8192 x 4096 x 128256
 
-Contestants take turns (A B C A B C ...) so that a machine whose clock drifts slows all of them; what is quoted is the
-median of each one's times and the median of the ratios within a round. Memory is the most that was alive beyond inputs
-and gradients: on the CPU from the allocator's records, on CUDA from its own peak counter. Error is the root mean square
-against float64, relative, on 256 of the tokens. Results are written to ``benchmarks/results/``.
+Time is a ratio to the matrix products of FastD2O's algorithm for the case (benchmarks/products.py), which take turns
+with all contestants: the median of the ratios within a round. Memory is the most that was alive beyond inputs, results
+and gradients. Error is the root mean square against float64, relative, on 256 of the tokens. A shape is written to
+benchmarks/results/ as soon as it is measured; python -m benchmarks.readme puts what is there into the README.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from benchmarks.contestants import Contestant, load, matrix_products
-from fastd2o.memory import measure_memory
-from fastd2o.ops import Plan
+from benchmarks.cases import CASES
+from benchmarks.contestants import load
+from benchmarks.measure import Inputs, measure
+from benchmarks.results import FLOOR, FOLDER, Result, Row, verdicts
 
-RESULTS = Path(__file__).parent / "results"
-CHECKED_TOKENS = 256
-
-
-def main() -> None:
-    """Run and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--heads", nargs="+", default=["frozen", "trained"], choices=["frozen", "trained"])
-    parser.add_argument("--skip", nargs="*", default=[], help="contestants whose name contains one of these words")
-    parser.add_argument("--out", type=Path, help="file to write (default: benchmarks/results/<device>-<shape>.json)")
-    arguments = parser.parse_args()
-
-    contestants, absent = load()
-    contestants = {n: c for n, c in contestants.items() if not any(word in n for word in arguments.skip)}
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    rows = []
-    for head in arguments.heads:
-        rows += measure(arguments, contestants, head == "trained")
-    result = {"machine": machine(arguments.device), "shape": shape(arguments), "absent": absent, "rows": rows}
-    name = f"{arguments.device}-t{arguments.tokens}-d{arguments.hidden}-v{arguments.vocab}-{arguments.dtype}.json"
-    out = arguments.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(console, result)
-    console.print(f"written to {out}")
+DEFAULTS: dict[str, dict[str, list[Any]]] = {
+    "cpu": {"tokens": [2048], "hidden": [1024], "vocab": [128256], "dtype": ["bfloat16"]},
+    "cuda": {"tokens": [8192], "hidden": [4096], "vocab": [128256], "dtype": ["bfloat16"]},
+}
+SUITES: dict[str, dict[str, list[Any]]] = {
+    "cpu": {"tokens": [64, 2048, 16384], "vocab": [32000, 128256], "dtype": ["bfloat16", "float32"]},
+    "cuda": {},
+}
+# On a CPU the peers take minutes for a run with more tokens than this.
+PEER_TOKENS = {"cpu": 2048, "cuda": sys.maxsize}
 
 
-def measure(
-    arguments: argparse.Namespace, contestants: dict[str, Contestant], trained: bool
-) -> list[dict[str, object]]:
-    """One head, all contestants."""
-    generator = torch.Generator(arguments.device).manual_seed(0)
-    dtype = getattr(torch, arguments.dtype)
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write, show."""
+    arguments = parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    results = []
+    for tokens, hidden, vocab, dtype in shapes(arguments):
+        shape = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "dtype": dtype}
+        result = run(arguments, shape)
+        path = result.write(arguments.out)
+        results.append(result)
+        show(console, result)
+        console.print(f"written to {path}\n", highlight=False)
+    if len(results) > 1:
+        show_all(console, results)
 
-    def normal(rows: int, std: float) -> Tensor:
-        tensor = torch.empty(rows, arguments.hidden, dtype=dtype, device=arguments.device)
-        return tensor.normal_(std=std, generator=generator)
 
-    hidden = normal(arguments.tokens, 1.0).requires_grad_()
-    weight = normal(arguments.vocab, 2.0 / arguments.hidden**0.5).requires_grad_(trained)
-    target = torch.randint(arguments.vocab, (arguments.tokens,), device=arguments.device, generator=generator)
-    coef = torch.randn(arguments.tokens, device=arguments.device, generator=generator)
-    leaves = [hidden, weight] if trained else [hidden]
-
-    def step(logprob: Contestant) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad((logprob(hidden, weight, target) * coef).sum(), leaves)
-
-    algorithm = Plan.choose(
-        tokens=arguments.tokens,
-        hidden_size=arguments.hidden,
-        vocab_size=arguments.vocab,
-        algorithm="recompute" if trained else "unit",
-        dtype=dtype,
-        device=arguments.device,
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.logprob", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs: dict[str, Callable[[], object]] = {name: step(contestant) for name, contestant in contestants.items()}
-    products = 4 if trained else 2
-    floor = f"products alone, {2 * products} T·D·V"
-    runs[floor] = lambda: matrix_products(hidden.detach(), weight.detach(), algorithm.block_vocab, products)
-
-    head = "trained" if trained else "frozen"
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in track(range(arguments.rounds), description=f"{head} head, {len(runs)} contestants"):
-        for name, run in runs.items():
-            times[name].append(timed(run, arguments.device))
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    rows: list[dict[str, object]] = []
-    for name in runs:
-        row: dict[str, object] = {
-            "head": head,
-            "contestant": name,
-            "seconds": statistics.median(times[name]),
-            "spread": [min(times[name]), max(times[name])],
-            "over_products": statistics.median(map(float.__truediv__, times[name], times[floor])),
-            "over_fastd2o": statistics.median(map(float.__truediv__, times[name], times["fastd2o"])),
-        }
-        if name in contestants:
-            row["extra_megabytes"] = (peak(runs[name], arguments.device) - gradients) / 1e6
-            row["errors"] = errors(contestants[name], hidden, weight, target, coef, trained)
-        rows.append(row)
-    return rows
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--suite", action="store_true", help="all shapes that have targets; the next options narrow it")
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--hidden", type=int, nargs="+")
+    parser.add_argument("--vocab", type=int, nargs="+")
+    parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--skip", nargs="+", default=[], help="contestants whose name contains one of these words")
+    parser.add_argument(
+        "--peer-tokens",
+        type=int,
+        help="peers take part up to so many tokens (default: 2048 on the CPU, no limit on CUDA)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many; short ones are repeated more often")
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds; a contestant that needs longer to warm up runs but once"
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: benchmarks/results)")
+    return parser.parse_args(argv)
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def shapes(arguments: argparse.Namespace) -> list[tuple[int, int, int, str]]:
+    """Tokens, hidden, vocabulary, dtype of every shape that is asked for."""
+    chosen = {**DEFAULTS[arguments.device], **(SUITES[arguments.device] if arguments.suite else {})}
+    chosen |= {name: values for name in chosen if (values := getattr(arguments, name))}
+    return list(itertools.product(chosen["tokens"], chosen["hidden"], chosen["vocab"], chosen["dtype"]))
 
 
-def peak(run: Callable[[], object], device: str) -> int:
-    """The most bytes alive beyond those alive before."""
-    if device == "cpu":
-        return measure_memory(run, warm_up=False).peak
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def run(arguments: argparse.Namespace, shape: dict[str, Any]) -> Result:
+    """One shape, all cases."""
+    device, dtype = arguments.device, getattr(torch, shape["dtype"])
+    contestants, absent = load(device, dtype, arguments.skip)
+    most = PEER_TOKENS[device] if arguments.peer_tokens is None else arguments.peer_tokens
+    if shape["tokens"] > most:
+        absent |= {c.name: f"left out beyond {most} tokens" for c in contestants if c.backend != device}
+        contestants = [contestant for contestant in contestants if contestant.backend == device]
+    result = Result(machine(device), shape, absent=absent)
+    for name in arguments.cases:
+        inputs = Inputs.random(CASES[name], shape["tokens"], shape["hidden"], shape["vocab"], dtype, device)
+        result.floors[name], rows = measure(inputs, contestants, arguments.rounds, arguments.patience)
+        result.rows += rows
+    return result
 
 
-def errors(
-    logprob: Contestant, hidden: Tensor, weight: Tensor, target: Tensor, coef: Tensor, trained: bool
-) -> dict[str, float]:
-    """Relative root mean square error of values and gradients against float64, on the first tokens."""
-    tokens = slice(0, CHECKED_TOKENS)
-
-    def evaluate(h: Tensor, w: Tensor, function: Contestant) -> list[Tensor]:
-        inputs = [h.requires_grad_(), w.requires_grad_(trained)][: 1 + trained]
-        value = function(h, w, target[tokens])
-        return [value.detach(), *torch.autograd.grad((value * coef[tokens].to(value.dtype)).sum(), inputs)]
-
-    def exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return (h @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
-
-    ours = evaluate(hidden[tokens].detach().clone(), weight.detach().clone(), logprob)
-    theirs = evaluate(hidden[tokens].detach().double(), weight.detach().double(), exact)
-    names = ["value", "hidden_gradient", "weight_gradient"]
-    return {
-        name: ((a.double() - b).square().mean() / b.square().mean()).sqrt().item()
-        for name, a, b in zip(names, ours, theirs, strict=False)
-    }
-
-
-def machine(device: str) -> dict[str, object]:
+def machine(device: str) -> dict[str, Any]:
     """Where the figures are from."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
-        "device": name,
+        "kind": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -189,41 +128,90 @@ def cpu_name() -> str:
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def shape(arguments: argparse.Namespace) -> dict[str, object]:
-    """The case."""
-    return {name: getattr(arguments, name) for name in ("tokens", "hidden", "vocab", "dtype", "rounds")}
+# --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, result: dict[str, object]) -> None:
-    """The result as a table."""
-    for part in ("machine", "shape"):
-        facts = result[part]
-        assert isinstance(facts, dict)
-        console.print(part + ": " + ", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+def show(console: Console, result: Result) -> None:
+    """One shape: a table of all contestants."""
+    shape = result.shape
+    console.print(
+        f"{shape['tokens']} tokens x {shape['hidden']} x {shape['vocab']} vocabulary, {shape['dtype']}; "
+        + ", ".join(f"{name} {value}" for name, value in result.machine.items() if name != "kind"),
+        highlight=False,
+    )
     table = Table()
-    for column in ("head", "contestant"):
+    for column in ("case", "contestant"):
         table.add_column(column)
     for column in ("seconds", "/ products", "/ fastd2o", "MB", "error", "of dX", "of dW"):
         table.add_column(column, justify="right")
-    rows = result["rows"]
-    assert isinstance(rows, list)
-    for row in rows:
-        error = row.get("errors", {})
-        extra = row.get("extra_megabytes")
-        table.add_row(
-            row["head"],
-            row["contestant"],
-            f"{row['seconds']:.3f}",
-            f"{row['over_products']:.2f}",
-            f"{row['over_fastd2o']:.2f}",
-            "" if extra is None else f"{extra:,.0f}",
-            *(f"{error[n]:.1e}" if n in error else "" for n in ("value", "hidden_gradient", "weight_gradient")),
-        )
+    table.add_column("target")
+    for case, rows in itertools.groupby(result.rows, key=lambda row: row.case):
+        table.add_section()
+        for row in rows:
+            table.add_row(case, row.contestant, *_figures(row), _judgement(row, result.kind))
+            case = ""
     console.print(table)
-    absent = result["absent"]
-    assert isinstance(absent, dict)
-    for name, reason in absent.items():
-        console.print(f"absent: {name} ({reason})")
+    for name, floor in result.floors.items():
+        console.print(f"{FLOOR}, {name}: {floor}", highlight=False)
+    for row in result.rows:
+        if row.error is not None:
+            console.print(f"{row.case}, {row.contestant}: {row.error}", highlight=False, markup=False)
+    for name, reason in result.absent.items():
+        console.print(f"absent: {name} ({reason})", highlight=False, markup=False)
+
+
+def _figures(row: Row) -> list[str]:
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    seconds = "failed" if row.error is not None else figure(row.seconds, ".4g")
+    return [
+        seconds + ("*" if row.rounds == 1 else ""),
+        figure(row.over_products, ".3f"),
+        figure(row.over_fastd2o, ".2f"),
+        figure(row.extra_megabytes, ",.1f"),
+        *(figure(row.errors.get(name), ".1e") for name in ("value", "hidden_gradient", "weight_gradient")),
+    ]
+
+
+def _judgement(row: Row, kind: str) -> str:
+    return "  ".join(
+        f"{verdict.text} [green]met[/]" if verdict.met else f"{verdict.text} [red]missed[/]"
+        for verdict in verdicts(row, kind)
+    )
+
+
+def show_all(console: Console, results: list[Result]) -> None:
+    """Several shapes: FastD2O's own kernels, ratio to the bare products and memory, and the targets that are missed."""
+    cases = [case for case in CASES if any(row.case == case for result in results for row in result.rows)]
+    table = Table(title="FastD2O over the bare products, and MB; ! where a target is missed")
+    for column in ("dtype", "vocabulary", "tokens"):
+        table.add_column(column, justify="right")
+    for case in cases:
+        table.add_column(CASES[case].title, justify="right")
+    counts: dict[str, list[bool]] = {}
+    for result in results:
+        cells = []
+        for case in cases:
+            row = result.row(case, f"fastd2o {result.kind}")
+            cells.append("" if row is None else _cell(row, result.kind))
+        table.add_row(*(str(result.shape[name]) for name in ("dtype", "vocab", "tokens")), *cells)
+        for row in result.rows:
+            for verdict in verdicts(row, result.kind):
+                counts.setdefault(verdict.quantity, []).append(verdict.met)
+    console.print(table)
+    for quantity, met in counts.items():
+        console.print(f"{quantity} targets: {sum(met)} of {len(met)} met", highlight=False)
+
+
+def _cell(row: Row, kind: str) -> str:
+    if row.over_products is None:
+        return "failed"
+    missed = {verdict.quantity for verdict in verdicts(row, kind) if not verdict.met}
+    time = f"{row.over_products:.2f}{'!' if 'time' in missed else ''}"
+    if row.extra_megabytes is None:
+        return time
+    return f"{time}  {row.extra_megabytes:.0f} MB{'!' if 'memory' in missed else ''}"
 
 
 if __name__ == "__main__":
