@@ -86,9 +86,14 @@ def resolve(backend: str | None, device: str, dtype: torch.dtype) -> str:
 def tile_dtype(dtype: torch.dtype, device: str, backend: str) -> torch.dtype:
     """The dtype a tile's logits arrive in: float32 wherever a 16-bit matrix product can deliver it, which is on CUDA,
     and on the CPU with our own."""
-    if dtype in (torch.bfloat16, torch.float16) and (device == "cuda" or backend == "cpu"):
+    if dtype in (torch.bfloat16, torch.float16) and (device == "cuda" or backend in ("cpu", "triton")):
         return torch.float32
     return dtype
+
+
+def fuses(backend: str, algorithm: str) -> bool:
+    """Whether the backend has the product and what follows it as one kernel, for a plan's algorithm."""
+    return backend == "triton" and algorithm != "unit"
 
 
 def tile_ops(backend: str, transform: LogitTransform, dtype: torch.dtype) -> TileOps:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastd2o.ops.backends import resolve
+from fastd2o.ops.backends import fuses, resolve
 from fastd2o.ops.plan import Plan
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -134,4 +134,6 @@ def choose_plan(plan: Plan | None, expected: Plan, backend: str | None) -> Plan:
             "start from Plan.of(hidden, weight), or pass plan=None"
         )
     chosen = resolve(plan.backend, expected.device, expected.dtype) if backend is None else expected.backend
-    return plan if chosen == plan.backend else replace(plan, backend=chosen)
+    if chosen == plan.backend:
+        return plan
+    return replace(plan, backend=chosen, fused=plan.fused and fuses(chosen, plan.algorithm))

@@ -120,6 +120,7 @@ def linear_cringe(
         chosen.block_vocab,
         chosen.dtype,
         chosen.backend,
+        chosen.fused,
         chosen.compact,
     )
     logprob = torch.where(target == ignore_index, 0.0, F.logsigmoid(logodds.view(target.shape)))
@@ -151,11 +152,12 @@ def _cringe_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    fused: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, both logits, log-odds of the negative, positive column."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
-    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
+    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused)
     counted, total = Counted.of_targets(target, weight.shape[0], ignore_index, compact), len(target)
     with without_autocast(hidden.device):
         result = engine.cringe_forward(
@@ -179,7 +181,7 @@ def _cringe_op(
 
 @_cringe_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, dtype, _, _ = options
+    *_, dtype, _, _, _ = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     return *(hidden.new_empty(target.shape, dtype=sums) for _ in range(4)), target.new_empty(target.shape)
 
@@ -202,6 +204,7 @@ def _cringe_backward_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    fused: bool,
     compact: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -218,7 +221,7 @@ def _cringe_backward_op(
             engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
             counted.gather(target),
             counted.gather(positive),
-            engine.Tiling(block_tokens, block_vocab, dtype, backend),
+            engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
             detach_positive=detach_positive,
             wait=compact,
             need_hidden=need_hidden,
@@ -234,17 +237,17 @@ def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *o
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, _, _, _, detach_positive, *scalars, _ignore_index = inputs[:-5]
+    hidden, weight, bias, target, _, _, _, detach_positive, *scalars, _ignore_index = inputs[:-6]
     _, negative_logit, positive_logit, _, positive = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.options = (detach_positive, *scalars, *inputs[-5:])
+    ctx.options = (detach_positive, *scalars, *inputs[-6:])
     ctx.save_for_backward(hidden, weight, bias, target, positive, negative_logit, positive_logit)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 14
+    no_gradient = (None,) * 15
     if grad_loss is None:
         return (None, None, None, *no_gradient)
     need = ctx.needs_input_grad[:3]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastd2o.ops.backends import tile_dtype, tile_ops
 from fastd2o.ops.plan import GATHER_BYTES
-from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TileOps, TopKState
+from fastd2o.ops.tile_ops import FoldState, FusedOps, LogitTransform, StatisticsState, TileOps, TopKState
 from fastd2o.ops.torch_tile_ops import locate
 
 
@@ -49,12 +49,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one call is cut up and computed: tile shape, dtype of the products, backend of the tile operations."""
+    """How one call is cut up and computed: tile shape, dtype of the products, backend of the tile operations, and
+    whether that is to fuse them with the product."""
 
     block_tokens: int
     block_vocab: int
     dtype: torch.dtype
     backend: str
+    fused: bool = False
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -65,11 +67,16 @@ class Tiling:
         """A fresh TileOps for one call."""
         return tile_ops(self.backend, head.transform, self.sum_dtype)
 
+    def fused_ops(self, head: Head) -> FusedOps:
+        """The same, of a backend that fuses."""
+        return cast(FusedOps, self.ops(head))
+
     def tile(self, tokens: int, head: Head) -> _Tile:
         """Memory for one tile, used for all of them."""
         elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
         device = head.weight_VD.device
-        logits = torch.empty(elements, dtype=tile_dtype(self.dtype, device.type, self.backend), device=device)
+        logits_dtype = self.dtype if self.fused else tile_dtype(self.dtype, device.type, self.backend)
+        logits = torch.empty(elements, dtype=logits_dtype, device=device)
         # 16-bit factors of the next product fit over 16-bit logits, but not over wider ones that are still being read.
         factors = logits if logits.dtype == self.dtype else torch.empty(elements, dtype=self.dtype, device=device)
         return _Tile(logits, factors)
@@ -90,9 +97,9 @@ class _Tile:
         )
         return out_TN
 
-    def factors_TN(self, logits_TN: Tensor) -> Tensor:
-        """Where to write what is made of these logits."""
-        return self._view(self.factors, *logits_TN.shape)
+    def factors_TN(self, tokens: int, columns: int) -> Tensor:
+        """Where to write what is made of as many logits."""
+        return self._view(self.factors, tokens, columns)
 
     @staticmethod
     def _view(memory: Tensor, tokens: int, columns: int) -> Tensor:
@@ -139,6 +146,40 @@ def logodds_forward(
     tokens, hidden_size = hidden_TD.shape
     state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype, statistics)
     unit_TD = hidden_TD.new_empty((tokens, hidden_size), dtype=tiling.sum_dtype) if unit else None
+    if tiling.fused:
+        _fold_products(hidden_TD, head, target_T, tiling, state)
+    else:
+        _fold_tiles(hidden_TD, head, target_T, tiling, state, unit_TD)
+    lse_others = state.lse_others
+    logodds = state.target_logit - lse_others
+    return LogoddsResult(
+        logodds.squeeze(1),
+        lse_others.squeeze(1),
+        unit_TD,
+        _statistics(state, target_T, head) if statistics else None,
+    )
+
+
+def _fold_products(
+    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, state: FoldState, top: TopKState | None = None
+) -> None:
+    """Products and folds in one kernel, and the largest logits if asked for."""
+    ops = tiling.fused_ops(head)
+    for rows in _blocks(len(hidden_TD), tiling.block_tokens):
+        block, block_TD, target_T1 = _rows_of(state, rows), hidden_TD[rows], target_T[rows].unsqueeze(1)
+        for slab in _slabs(head, tiling):
+            factors = (block_TD, slab.weight_ND, slab.bias_N, target_T1, slab.start, block)
+            if top is None:
+                ops.fold_product(*factors)
+            else:
+                ops.topk_product(*factors, TopKState(top.values[rows], top.index[rows]))
+
+
+def _fold_tiles(
+    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, state: FoldState, unit_TD: Tensor | None
+) -> None:
+    """A product into a tile of memory, then its fold; where it is asked for, the unit gradient."""
+    tokens = len(hidden_TD)
     ops, tile = tiling.ops(head), tiling.tile(tokens, head)
     for rows in _blocks(tokens, tiling.block_tokens):
         block = _rows_of(state, rows)
@@ -149,7 +190,7 @@ def logodds_forward(
             if unit_TD is None:
                 ops.fold(logits_TN, target_T1, slab.start, block)
                 continue
-            weights_TN = tile.factors_TN(logits_TN)
+            weights_TN = tile.factors_TN(*logits_TN.shape)
             rescale_T1 = ops.fold(logits_TN, target_T1, slab.start, block, weights_TN)
             if mean_weight_TD is None:
                 mean_weight_TD = unit_TD[rows]
@@ -159,14 +200,6 @@ def logodds_forward(
                 ops.product(mean_weight_TD, weights_TN, slab.weight_ND, accumulate=True)
         if mean_weight_TD is not None:
             _finish_unit_(mean_weight_TD, block, hidden_TD[rows], head, target_T[rows])
-    lse_others = state.lse_others
-    logodds = state.target_logit - lse_others
-    return LogoddsResult(
-        logodds.squeeze(1),
-        lse_others.squeeze(1),
-        unit_TD,
-        _statistics(state, target_T, head) if statistics else None,
-    )
 
 
 def logodds_backward(
@@ -214,16 +247,12 @@ def logodds_backward(
         dbias_N = hidden_TD.new_zeros(len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
             block_TD = hidden_TD[rows]
-            logits_TN = tile.logits_TN(block_TD, slab, ops)
-            grad_TN = tile.factors_TN(logits_TN)
-            ops.grad(
-                logits_TN,
-                target_T[rows].unsqueeze(1),
-                slab.start,
-                lse_others_T[rows].unsqueeze(1),
-                coef_T1[rows],
-                grad_TN,
-            )
+            grad_TN = tile.factors_TN(len(block_TD), len(slab.weight_ND))
+            of_rows = (target_T[rows].unsqueeze(1), slab.start, lse_others_T[rows].unsqueeze(1), coef_T1[rows], grad_TN)
+            if tiling.fused:
+                tiling.fused_ops(head).grad_product(block_TD, slab.weight_ND, slab.bias_N, *of_rows)
+            else:
+                ops.grad(tile.logits_TN(block_TD, slab, ops), *of_rows)
             if dhidden_TD is not None:
                 ops.product(dhidden_TD[rows], grad_TN, slab.weight_ND, accumulate=True)
             _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows])
@@ -252,15 +281,18 @@ def cringe_forward(
     tokens = hidden_TD.shape[0]
     state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype)
     top = TopKState.empty(tokens, k, hidden_TD, tiling.sum_dtype)
-    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
-    for rows in _blocks(tokens, tiling.block_tokens):
-        block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
-        target_T1 = target_T[rows].unsqueeze(1)
-        for slab in _slabs(head, tiling):
-            logits_TN = tile.logits_TN(hidden_TD[rows], slab, ops)
-            ops.topk(logits_TN, target_T1, slab.start, block_top)
-            ops.fold(logits_TN, target_T1, slab.start, block)
-
+    ops = tiling.ops(head)
+    if tiling.fused:
+        _fold_products(hidden_TD, head, target_T, tiling, state, top)
+    else:
+        tile = tiling.tile(tokens, head)
+        for rows in _blocks(tokens, tiling.block_tokens):
+            block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
+            target_T1 = target_T[rows].unsqueeze(1)
+            for slab in _slabs(head, tiling):
+                logits_TN = tile.logits_TN(hidden_TD[rows], slab, ops)
+                ops.topk(logits_TN, target_T1, slab.start, block_top)
+                ops.fold(logits_TN, target_T1, slab.start, block)
     positive_T, positive_logit_T = ops.draw(top, seed, counter_T)
     return CringeResult(
         positive=positive_T,
@@ -288,6 +320,19 @@ def cringe_backward(
 
     ``wait``: whether the host may wait for the device, to learn which columns were touched.
     """
+    if tiling.fused:
+        return tiling.fused_ops(head).cringe_grad(
+            coef_T,
+            hidden_TD,
+            head.weight_VD,
+            head.bias_V,
+            target_T,
+            positive_T,
+            detach_positive=detach_positive,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
     weight_VD, bias_V = head.weight_VD, head.bias_V
     columns, coefs, dhidden_TD = [], [], None
     for column_T, sign in ((target_T, 1.0), (positive_T, -1.0)):

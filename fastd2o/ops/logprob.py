@@ -206,6 +206,7 @@ def linear_logodds(
         chosen.block_vocab,
         chosen.dtype,
         chosen.backend,
+        chosen.fused,
         chosen.compact,
         stats,
     )
@@ -280,12 +281,13 @@ def _logodds_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    fused: bool,
     compact: bool,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit; what was not asked for is empty."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
-    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend)
+    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused)
     counted = Counted.of_targets(target, weight.shape[0], ignore_index, compact)
     with without_autocast(hidden.device):
         result = engine.logodds_forward(
@@ -313,7 +315,7 @@ def _logodds_op(
 
 @_logodds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, algorithm, _, _, dtype, _, _, stats = options
+    *_, algorithm, _, _, dtype, _, _, _, stats = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
@@ -338,6 +340,7 @@ def _logodds_backward_op(
     block_vocab: int,
     dtype: torch.dtype,
     backend: str,
+    fused: bool,
     compact: bool,
     need_hidden: bool,
     need_weight: bool,
@@ -353,7 +356,7 @@ def _logodds_backward_op(
             engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
             counted.gather(target),
             counted.gather(lse_others),
-            engine.Tiling(block_tokens, block_vocab, dtype, backend),
+            engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,
@@ -387,12 +390,12 @@ def empty_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-6]
+    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-7]
     _, lse_others, unit, *_ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.algorithm, ctx.ignore_index, ctx.hidden_dtype = algorithm, ignore_index, hidden.dtype
-    ctx.options = (*scalars, *inputs[-6:-1])
+    ctx.options = (*scalars, *inputs[-7:-1])
     # With a frozen head the unit gradient replaces hidden: neither it nor the weight is needed again.
     if algorithm == "unit":
         ctx.save_for_backward(target, unit)
@@ -411,7 +414,7 @@ def check_differentiated_once() -> None:
 
 def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 11
+    no_gradient = (None,) * 12
     if grad_logodds is None:
         return (None, None, None, None, *no_gradient)
     target, *saved = ctx.saved_tensors

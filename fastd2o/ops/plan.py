@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastd2o.ops.backends import resolve, tile_dtype
+from fastd2o.ops.backends import fuses, resolve, tile_dtype
 from fastd2o.ops.torch_tile_ops import band_elements
 
 Algorithm = Literal["forward", "unit", "recompute", "cringe"]
@@ -30,6 +30,8 @@ _MIN_BLOCK_VOCAB = 1024
 _BAND_COPIES = 6
 # Bytes of the panels that csrc/cpu/product.cpp packs at a time.
 _PACKED_BYTES = 4 << 20
+# Bytes at most of what the splits of a fused kernel leave to be merged.
+_PARTIAL_BYTES = 16 << 20
 # Bytes of gathered rows that are summed at once in Cringe's gradient of the weight.
 GATHER_BYTES = 32 << 20
 
@@ -52,6 +54,8 @@ class Plan:
         device: ``"cpu"`` or ``"cuda"``.
         cast_weight: the weight has another dtype and is cast slab by slab.
         backend: of the tile operations, see :func:`fastd2o.backends`.
+        fused: product and fold, or product and gradient, are one kernel, which only backend ``"triton"`` has, and not
+            for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between.
         compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
             forward and once a backward. False: nothing waits, and all tokens are projected, as in a CUDA graph, during
             whose capture this is chosen by itself.
@@ -67,6 +71,7 @@ class Plan:
     device: str = "cpu"
     cast_weight: bool = False
     backend: str = "torch"
+    fused: bool = False
     compact: bool = True
 
     def __post_init__(self) -> None:
@@ -75,6 +80,11 @@ class Plan:
         for name in ("block_tokens", "block_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
+        if self.fused and not fuses(self.backend, self.algorithm):
+            raise ValueError(
+                f"plan.fused=True, but backend {self.backend!r} has no fused kernel for {self.algorithm!r}. Fix: "
+                "fused=False"
+            )
 
     @classmethod
     def of(
@@ -129,10 +139,15 @@ class Plan:
         backend = backend or resolve(None, device, dtype)
         block_tokens = max(1, min(tokens, _BLOCK_TOKENS.get(device, _BLOCK_TOKENS["cuda"])))
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
-        columns = budget // (block_tokens * tile_dtype(dtype, device, backend).itemsize)
+        fused = fuses(backend, algorithm)
+        logit = dtype if fused else tile_dtype(dtype, device, backend)
+        columns = budget // (block_tokens * logit.itemsize)
         # With few tokens the tile is small however wide it is; what is then to be bounded is the slab of the weight.
         columns = min(columns, budget // (hidden_size * dtype.itemsize) if hidden_size else columns)
         columns = max(columns, _MIN_BLOCK_VOCAB) // 64 * 64
+        if fused and algorithm != "recompute":  # there is no tile, and a slab only if the weight is cast
+            block_tokens = max(1, tokens)
+            columns = columns if cast_weight else vocab_size
         return cls(
             algorithm=algorithm,
             tokens=tokens,
@@ -144,6 +159,7 @@ class Plan:
             device=device,
             cast_weight=cast_weight,
             backend=backend,
+            fused=fused,
         )
 
     @property
@@ -157,7 +173,9 @@ class Plan:
         tokens, columns = min(self.block_tokens, self.tokens), min(self.block_vocab, self.vocab_size)
         factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device, self.backend).itemsize
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
-        total = tokens * columns * logit + self._working_bytes(tokens, columns)
+        total = self._working_bytes(tokens, columns)
+        if not self.fused:
+            total += tokens * columns * logit
         # Per-token sums; the tokens that count, gathered.
         total += self.tokens * (16 * sums + self.hidden_size * factor)
         if self.cast_weight:
@@ -167,7 +185,7 @@ class Plan:
         if self.algorithm == "cringe":
             # Two rows of the weight per token, their products, and a block of what goes into the weight's gradient.
             return total + self.tokens * self.hidden_size * (factor + 4 * sums) + 2 * GATHER_BYTES
-        if logit != factor:
+        if self.fused or logit != factor:
             total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
         elif self.dtype == torch.float16:  # backend torch on the CPU
             total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
@@ -179,6 +197,8 @@ class Plan:
 
     def _working_bytes(self, tokens: int, columns: int) -> int:
         """What the backend holds while it works on one tile."""
+        if self.fused:
+            return _PARTIAL_BYTES
         if self.backend == "cpu":
             # csrc/cpu/product.cpp: panels of one factor, or one panel of 64 columns if that is more; for every thread a
             # block of the other factor, 128 x 1024.

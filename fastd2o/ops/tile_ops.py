@@ -152,3 +152,61 @@ class TileOps(Protocol):
     def draw(self, state: TopKState, seed: int, counter_T: Tensor) -> tuple[Tensor, Tensor]:
         """Draw one of every token's candidates from their softmax, by Philox at (seed, counter): its column, -1 where
         no candidate is finite, and its logit, ``[T]`` each. docs/engine.md says exactly how."""
+
+
+class FusedOps(TileOps, Protocol):
+    """A backend that also has the product and what follows it in one kernel: logits live in registers, no tile is ever
+    in memory. ``hidden_TD @ weight_ND.T + bias_N`` takes the place of ``logits_TN``, with N up to all of the
+    vocabulary."""
+
+    def fold_product(
+        self,
+        hidden_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        target_T1: Tensor,
+        vocab_start: int,
+        state: FoldState,
+    ) -> None:
+        """``product``, then ``fold``."""
+
+    def grad_product(
+        self,
+        hidden_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        target_T1: Tensor,
+        vocab_start: int,
+        lse_others_T1: Tensor,
+        coef_T1: Tensor,
+        out_TN: Tensor,
+    ) -> None:
+        """``product``, then ``grad``. Tokens whose coefficient is exactly 0 need not be multiplied."""
+
+    def topk_product(
+        self,
+        hidden_TD: Tensor,
+        weight_ND: Tensor,
+        bias_N: Tensor | None,
+        target_T1: Tensor,
+        vocab_start: int,
+        state: FoldState,
+        top: TopKState,
+    ) -> None:
+        """``product``, then ``fold`` and ``topk``."""
+
+    def cringe_grad(
+        self,
+        coef_T: Tensor,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_T: Tensor,
+        positive_T: Tensor,
+        *,
+        detach_positive: bool,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of ``sum_t coef_t (z_t[target_t] - z_t[positive_t])`` with respect to hidden, weight and bias."""

@@ -29,13 +29,30 @@ def test_opcheck_logodds(dtype: torch.dtype, algorithm: str, options: tuple[Any,
     if algorithm == "forward":
         inputs = tuple(t if t is None else t.detach() for t in inputs)  # type: ignore[assignment]
     operator = torch.ops.fastd2o.logodds
-    results = torch.library.opcheck(operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", True, True))
+    results = torch.library.opcheck(
+        operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", False, True, True)
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_cringe(bias: bool) -> None:
-    options = (torch.tensor(3), torch.arange(9), 5, False, 1.0, None, 1.0, -100, 4, 16, torch.float32, "torch", True)
+    options = (
+        torch.tensor(3),
+        torch.arange(9),
+        5,
+        False,
+        1.0,
+        None,
+        1.0,
+        -100,
+        4,
+        16,
+        torch.float32,
+        "torch",
+        False,
+        True,
+    )
     results = torch.library.opcheck(torch.ops.fastd2o.cringe, (*tensors(True, bias), *options))
     assert set(results.values()) == {"SUCCESS"}
 
@@ -44,7 +61,7 @@ def test_opcheck_backwards() -> None:
     hidden, weight, bias, target = tensors(trained=True)
     hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     column = torch.rand(9) * (target >= 0)  # a coefficient at an ignored token is 0 by then
-    shared = (1.0, 30.0, 1.0, 4, 16, torch.float32, "torch", True, True, True, True)
+    shared = (1.0, 30.0, 1.0, 4, 16, torch.float32, "torch", False, True, True, True, True)
     inputs = (column, hidden, weight, bias, target)
     results = torch.library.opcheck(torch.ops.fastd2o.logodds_backward, (*inputs, column, *shared))
     assert set(results.values()) == {"SUCCESS"}
