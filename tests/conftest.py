@@ -1,6 +1,13 @@
 """Settings that all tests share."""
 
 import contextlib
+import os
+
+import torch
+
+# Where there is no GPU, Triton's interpreter runs its kernels on the CPU. Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 with contextlib.suppress(ImportError):  # the GPU tests do without it
     from hypothesis import settings

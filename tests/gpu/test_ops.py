@@ -1,4 +1,5 @@
-"""The operators on a CUDA device, against the float64 oracle on the CPU. Skipped where there is none."""
+"""The operators on a CUDA device, by every backend, against the float64 oracle on the CPU. Skipped where there is
+none."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastd2o
+from fastd2o.losses import GROUPED_OBJECTIVES, grouped_loss
+from fastd2o.ops.backends import supported
 from tests.ops.oracle import Case, make_case, relative_error, rms_error
 
 pytestmark = [
@@ -17,6 +20,21 @@ pytestmark = [
 ]
 
 OPTIONS: list[dict[str, Any]] = [{}, {"logit_scale": 0.5, "softcap": 20.0, "temperature": 1.3}]
+
+
+@pytest.fixture(params=["torch", "cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = fastd2o.backends()[name]
+    if reason is not None:
+        pytest.skip(reason)
+    return name
+
+
+def needs(backend: str, dtype: torch.dtype) -> None:
+    reason = supported(backend, "cuda", dtype)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def run(case: Case, trained: bool, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -42,9 +60,12 @@ def _full_float32() -> Any:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_matches_the_oracle(dtype: torch.dtype, tolerance: float, trained: bool, options: dict[str, Any]) -> None:
+def test_matches_the_oracle(
+    backend: str, dtype: torch.dtype, tolerance: float, trained: bool, options: dict[str, Any]
+) -> None:
+    needs(backend, dtype)
     case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype, **options)
-    value, gradients = run(case, trained)
+    value, gradients = run(case, trained, backend=backend)
     expected, expected_gradients = case.oracle()
     assert relative_error(value, expected) <= tolerance
     for name, gradient in gradients.items():
@@ -54,10 +75,12 @@ def test_matches_the_oracle(dtype: torch.dtype, tolerance: float, trained: bool,
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_more_accurate_than_eager(dtype: torch.dtype, trained: bool, options: dict[str, Any]) -> None:
+def test_sixteen_bits_are_more_accurate_than_eager(
+    backend: str, dtype: torch.dtype, trained: bool, options: dict[str, Any]
+) -> None:
     """Logits stay in float32 from the accumulator to the softmax: values must beat 16-bit logits by far."""
     case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype, scale=2.0, **options)
-    value, gradients = run(case, trained)
+    value, gradients = run(case, trained, backend=backend)
     expected, expected_gradients = case.oracle()
     eager, eager_gradients = case.eager(torch.float32)
     assert rms_error(value, expected) <= 0.5 * rms_error(eager, expected)
@@ -67,11 +90,11 @@ def test_sixteen_bits_are_more_accurate_than_eager(dtype: torch.dtype, trained: 
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_master_weights_under_autocast(trained: bool) -> None:
+def test_master_weights_under_autocast(backend: str, trained: bool) -> None:
     case = make_case(tokens=65, hidden_size=64, vocab_size=1001, dtype=torch.float32)
     low = Case(case.hidden.bfloat16(), case.weight.bfloat16(), case.target, case.bias)
     with torch.autocast("cuda", torch.bfloat16):
-        value, gradients = run(case, trained)
+        value, gradients = run(case, trained, backend=backend)
     expected, expected_gradients = low.oracle()
     assert rms_error(value, expected) <= 5e-3
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -80,45 +103,51 @@ def test_master_weights_under_autocast(trained: bool) -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_two_runs_give_the_same_bits(trained: bool) -> None:
+def test_two_runs_give_the_same_bits(backend: str, trained: bool) -> None:
     case = make_case(tokens=512, hidden_size=128, vocab_size=20_001, dtype=torch.bfloat16)
-    first, second = run(case, trained), run(case, trained)
+    first, second = run(case, trained, backend=backend), run(case, trained, backend=backend)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_statistics_match_the_cpu() -> None:
-    case = make_case(tokens=65, vocab_size=1001, dtype=torch.float64)
-    arguments = (case.hidden, case.weight, case.target)
-    expected = fastd2o.linear_logprob(*arguments, bias=case.bias, stats=True)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_statistics_match_the_cpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    needs(backend, dtype)
+    case = make_case(tokens=65, vocab_size=1001, dtype=dtype)
     assert case.bias is not None
-    out = fastd2o.linear_logprob(*(tensor.cuda() for tensor in arguments), bias=case.bias.cuda(), stats=True)
+    exact = [tensor.double() for tensor in (case.hidden, case.weight, case.bias)]
+    expected = fastd2o.linear_logprob(exact[0], exact[1], case.target, bias=exact[2], stats=True)
+    arguments = (tensor.cuda() for tensor in (case.hidden, case.weight, case.target))
+    out = fastd2o.linear_logprob(*arguments, bias=case.bias.cuda(), stats=True, backend=backend)
     for ours, theirs in zip(out, expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs)
+        assert relative_error(ours.cpu(), theirs) <= tolerance
 
 
-def test_deterministic_algorithms_are_all_it_uses() -> None:
-    case = make_case(tokens=65, vocab_size=1001)
+def test_deterministic_algorithms_are_all_it_uses(backend: str) -> None:
+    case = make_case(tokens=65, vocab_size=1001, dtype=torch.float32)
     hidden, weight = case.hidden.cuda().requires_grad_(), case.weight.cuda().requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:
         for loss in (
-            fastd2o.linear_logprob(hidden, weight, case.target.cuda()),
-            fastd2o.linear_cringe(hidden, weight, case.target.cuda(), seed=1).loss,
+            fastd2o.linear_logprob(hidden, weight, case.target.cuda(), backend=backend),
+            fastd2o.linear_cringe(hidden, weight, case.target.cuda(), seed=1, backend=backend).loss,
         ):
             loss.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_cringe_draws_and_gradients_match_the_cpu(dtype: torch.dtype) -> None:
-    """The draw is the CPU's in float64; in bfloat16, where logits differ, the gradient repeats bit for bit."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cringe_draws_and_gradients_match_the_cpu(backend: str, dtype: torch.dtype) -> None:
+    """The draw is the CPU's in float64, and in float32 but where logits differ in the last bit; the gradient repeats
+    bit for bit."""
+    needs(backend, dtype)
     case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=dtype)
 
     def step(device: str) -> tuple[Tensor, Tensor, Tensor]:
         hidden, weight = (t.detach().to(device).requires_grad_() for t in (case.hidden, case.weight))
-        out = fastd2o.linear_cringe(hidden, weight, case.target.to(device), seed=3, softcap=30.0)
+        serving = backend if device == "cuda" else "torch"
+        out = fastd2o.linear_cringe(hidden, weight, case.target.to(device), seed=3, softcap=30.0, backend=serving)
         gradients = torch.autograd.grad(out.loss.sum(), (hidden, weight))
         return out.positive.cpu(), gradients[0].cpu(), gradients[1].cpu()
 
@@ -129,17 +158,76 @@ def test_cringe_draws_and_gradients_match_the_cpu(dtype: torch.dtype) -> None:
         assert torch.equal(ours[0], positive)
         for a, b in zip(ours[1:], gradients, strict=True):
             torch.testing.assert_close(a, b)
+    if dtype == torch.float32:
+        assert (ours[0] != step("cpu")[0]).sum() <= 3
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_peak_memory_at_the_shape_of_a_real_model(trained: bool) -> None:
+def test_a_step_can_be_captured_in_a_graph(backend: str, trained: bool) -> None:
+    """The capture fails at anything that waits for the device; replayed on other numbers, it computes with them."""
+    case, other = (make_case(tokens=65, hidden_size=64, vocab_size=1001, dtype=torch.float32, seed=s) for s in (1, 2))
+    hidden, weight = case.hidden.cuda().requires_grad_(), case.weight.cuda().requires_grad_(trained)
+    target = case.target.cuda()
+    leaves = [hidden, weight] if trained else [hidden]
+
+    def step() -> list[Tensor]:
+        logprob = fastd2o.linear_logprob(hidden, weight, target, backend=backend)
+        cringe = fastd2o.linear_cringe(hidden, weight, target, seed=3, backend=backend).loss
+        return [logprob.detach(), cringe.detach(), *torch.autograd.grad(logprob.sum() + cringe.sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        hidden.copy_(other.hidden)
+        weight.copy_(other.weight)
+        target.copy_(other.target)
+    graph.replay()
+    for ours, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("objective", GROUPED_OBJECTIVES)
+def test_grouped_loss_matches_the_cpu(backend: str, objective: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logp, extra = -torch.rand(1000, generator=generator), torch.rand(1000, generator=generator)
+    sequence_start = torch.arange(0, 1001, 50)
+    group_start, positive = torch.tensor([0, 3, 4, 12, 20]), torch.ones(20, dtype=torch.bool)
+    positive[[1, 3, 11, 12]] = False
+    cringe = "cringe" in objective
+
+    def step(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaf = logp.to(device, dtype).requires_grad_()
+        result = grouped_loss(
+            leaf,
+            *(tensor.to(device) for tensor in (sequence_start, group_start, positive)),
+            objective=objective,
+            backend=backend,
+            ref_logp=None if cringe else logp.view(20, 50).sum(1).to(device, dtype) + 0.5,
+            token_cringe=extra.to(device, dtype) if cringe else None,
+        )
+        return [result.loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(result.loss.sum(), leaf))]
+
+    ours, again = step("cuda", torch.float32, backend), step("cuda", torch.float32, backend)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    for found, expected in zip(ours, step("cpu", torch.float64, "torch"), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_peak_memory_at_the_shape_of_a_real_model(backend: str, trained: bool) -> None:
     hidden = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(128256, 2048, device="cuda", dtype=torch.bfloat16).mul_(0.02).requires_grad_(trained)
     target = torch.randint(128256, (8192,), device="cuda")
     leaves = [hidden, weight] if trained else [hidden]
 
     def step() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(fastd2o.linear_logprob(hidden, weight, target).sum(), leaves)
+        return torch.autograd.grad(fastd2o.linear_logprob(hidden, weight, target, backend=backend).sum(), leaves)
 
     step()
     torch.cuda.synchronize()
@@ -147,6 +235,6 @@ def test_peak_memory_at_the_shape_of_a_real_model(trained: bool) -> None:
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    plan = fastd2o.Plan.of(hidden, weight)
+    plan = fastd2o.Plan.of(hidden, weight, backend=backend)
     gradients = sum(leaf.nbytes for leaf in leaves)
     assert torch.cuda.max_memory_allocated() - before - gradients <= plan.extra_bytes
