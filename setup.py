@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: with FASTD2O_BUILD=1, compile the native kernels for a wheel and put them in it.
 
-FASTD2O_BUILD=1 pip wheel . --no-build-isolation      (torch, ninja and setuptools must be installed)
+FASTD2O_BUILD=1 pip wheel . --no-build-isolation      (torch, ninja and setuptools >= 77 must be installed)
 """
 
 import os
@@ -8,10 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # --no-build-isolation looks at no requirement
+    raise SystemExit(f"setuptools is {setuptools.__version__}, needed >= 77. Fix: pip install -U setuptools")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  an older setuptools does not have it
 
 
 class BuildWithKernels(build_py):

@@ -1,5 +1,5 @@
-// The scalar arithmetic of `fold`, `grad` and `topk` (contract: fastd2o/ops/tile_ops.py), in float32, written once for
-// every device.
+// The arithmetic of one logit in `fold`, `grad` and `topk` (contract: fastd2o/ops/tile_ops.py), in float32: for the CUDA
+// kernels and the host that tests them. The CPU's work on vectors (cpu/tiles.cpp), and share the ranks alone.
 //
 // A column whose raw logit is -inf is padding: it becomes z = -inf whatever the transform, and z = -inf adds nothing
 // anywhere. NaN is carried on, never compared away.
@@ -80,9 +80,9 @@ struct OnlineSums {
   FASTD2O_HD OnlineSums relative_to(float new_max) const {
     const float by = max - shift_of(new_max);
     const float factor = expf(by);
-    // 0 * -inf is the 0 it tends to.
+    // 0 * -inf is the 0 it tends to, here and where what counts for nothing any more has overflowed.
     const float moved = weighted + (sum > 0.0f ? sum * by : 0.0f);
-    return {new_max, sum * factor, moved * factor};
+    return {new_max, sum * factor, factor == 0.0f ? 0.0f : moved * factor};
   }
 
   // One more column, which is at most `max`; returns exp(z - max).
@@ -94,12 +94,6 @@ struct OnlineSums {
     return e;
   }
 };
-
-FASTD2O_HD OnlineSums merged(const OnlineSums& a, const OnlineSums& b) {
-  const float max = max_or_nan(a.max, b.max);
-  const OnlineSums x = a.relative_to(max), y = b.relative_to(max);
-  return {max, x.sum + y.sum, x.weighted + y.weighted};
-}
 
 // A column's entry of the gradient: -coef * softmax over the columns other than the target; without a softcap's bend.
 FASTD2O_HD float gradient_entry(float z, float lse_others, float coef) {
@@ -125,13 +119,5 @@ FASTD2O_HD float key_logit(uint64_t key) {
 }
 
 FASTD2O_HD uint32_t key_column(uint64_t key) { return 0xFFFFFFFFu - static_cast<uint32_t>(key); }
-
-// Puts a key into k keys that descend; the smallest drops out.
-FASTD2O_HD void insert_key(uint64_t* keys, int k, uint64_t key) {
-  if (key <= keys[k - 1]) return;
-  int place = k - 1;
-  for (; place > 0 && keys[place - 1] < key; --place) keys[place] = keys[place - 1];
-  keys[place] = key;
-}
 
 }  // namespace fastd2o

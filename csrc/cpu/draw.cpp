@@ -1,7 +1,9 @@
 // draw: one of k candidates per token, from their softmax, by Philox at (seed, counter); docs/engine.md, "The draw, exactly".
 //
 // values [T, k] float32 and index [T, k] int64 in any order, counter [T] int64 -> positive [T] int64, positive_logit [T] float32.
-// Work: k^2 comparisons and k exponentials a token.
+// Work: a sort of k candidates and k exponentials a token.
+#include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "cpu/tensors.h"
@@ -26,19 +28,17 @@ std::tuple<Tensor, Tensor> draw(Tensor values, Tensor index, Tensor counter, int
   int64_t* const positives = static_cast<int64_t*>(positive.mutable_data_ptr());
   float* const logits = static_cast<float*>(logit.mutable_data_ptr());
   parallel_for(tokens, 256, [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> keys(k);
     std::vector<float> ordered(k);
-    std::vector<int64_t> columns(k);
     for (int64_t t = begin; t < end; t++) {
       const float* const candidates = all_values + t * k;
       const int64_t* const indices = all_indices + t * k;
-      for (int i = 0; i < k; i++) {
-        const int rank = candidate_rank(candidates, indices, static_cast<int>(k), i);
-        ordered[rank] = candidates[i];
-        columns[rank] = indices[i];
-      }
+      for (int64_t i = 0; i < k; i++) keys[i] = rank_key(candidates[i], static_cast<uint32_t>(indices[i]));
+      std::sort(keys.begin(), keys.end(), std::greater<>());
+      std::transform(keys.begin(), keys.end(), ordered.begin(), key_logit);
       const float uniform = philox_uniform(static_cast<uint64_t>(seed), static_cast<uint64_t>(counters[t * stride]));
       const int drawn = drawn_candidate(ordered.data(), static_cast<int>(k), uniform);
-      positives[t] = drawn < 0 ? -1 : columns[drawn];
+      positives[t] = drawn < 0 ? -1 : static_cast<int64_t>(key_column(keys[drawn]));
       logits[t] = ordered[drawn < 0 ? 0 : drawn];
     }
   });

@@ -36,7 +36,6 @@ using at::Half;
 
 constexpr int64_t kPanel = 64;    // columns of a panel of right
 constexpr int64_t kRows = 128;    // rows of a block of out
-constexpr int64_t kDepth = 1024;  // terms added in one call: a panel of 128 KB stays in the second-level cache
 constexpr int64_t kStep = 32;     // packed matrices are padded with zeros to a multiple of this many terms
 
 constexpr int64_t kFewRows = 512;  // of left: up to there it is cheaper to turn out's blocks than to pack right
@@ -44,6 +43,13 @@ constexpr int64_t kPackedBytes = 4 << 20;  // of panels packed at a time: they s
 
 // Elements from row to row up to which brgemm reads and writes a matrix in place: it counts the bytes of a block in 32 bits.
 constexpr int64_t kFar = (int64_t{1} << 31) / (kRows * sizeof(float));
+
+// Terms added in one call, one after the other in a register. A panel of 16-bit factors, 128 KB, stays in the second-level
+// cache; such sums are more precise than their terms by far. Sums of float32 factors are not, and are kept short. Log p's
+// error against that of torch.mm, and the product's time, at K 1024 to 2048: 0.9 and 0.88 with 128 terms, 1.15 and 0.9 with
+// 256, 2.5 and 0.82 with 1024.
+template <typename Factor>
+constexpr int64_t kDepth = sizeof(Factor) == 2 ? 1024 : 128;
 
 // brgemm takes 16-bit panels with consecutive terms of a sum side by side.
 template <typename Factor>
@@ -291,14 +297,14 @@ void product_of(const Task<T>& task) {
     const int64_t groups = std::clamp<int64_t>(4 * get_num_threads() / blocks, 1, here);
     const int64_t group_panels = (here + groups - 1) / groups;
     parallel_for(blocks * groups, 1, [&](int64_t begin, int64_t end) {
-      const Tensor left_memory = scratch(direct ? 0 : kRows * kDepth * sizeof(Factor));
+      const Tensor left_memory = scratch(direct ? 0 : kRows * kDepth<Factor> * sizeof(Factor));
       Factor* const packed_left = static_cast<Factor*>(left_memory.mutable_data_ptr());
       alignas(64) float buffer[kRows * kPanel];
       for (int64_t piece = begin; piece < end; piece++) {
         const int64_t row = piece / groups * kRows, block_rows = std::min(kRows, rows - row);
         const int64_t first = piece % groups * group_panels, last = std::min(first + group_panels, here);
-        for (int64_t term = 0; term < terms; term += kDepth) {
-          const int64_t depth = std::min(kDepth, (direct ? terms : padded) - term);
+        for (int64_t term = 0; term < terms; term += kDepth<Factor>) {
+          const int64_t depth = std::min(kDepth<Factor>, (direct ? terms : padded) - term);
           if (!direct) pack_left<Factor>(left, row, block_rows, term, depth, packed_left);
           const Factor* const block_left = direct ? reinterpret_cast<const Factor*>(left.at(row, term)) : packed_left;
           for (int64_t panel = first; panel < last; panel++) {

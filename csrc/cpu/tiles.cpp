@@ -225,9 +225,9 @@ struct Fold {
       if (weights) store(weights + i, exponential[0], exponential[1], columns - i);
     }
     if (weighted) {
-      // What was gathered relative to the old maximum moves along.
+      // What was gathered relative to the old maximum moves along; where it counts for nothing it may have overflowed.
       const float moved = weighted[t] + (old_sum > 0 ? old_sum * (old_max - shift) : 0.0f);
-      weighted[t] = moved * factor + total(weighted_sums);
+      weighted[t] = (factor == 0 ? 0.0f : moved * factor) + total(weighted_sums);
     }
     sum[t] = old_sum * factor + total(sums[0] + sums[1]);
     max[t] = new_max;

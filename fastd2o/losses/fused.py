@@ -1,7 +1,8 @@
 """``grouped_loss``: from token log-probabilities to the losses of groups, in one operator with one gradient.
 
-Two implementations: the losses of this package put together, for any dtype and device, and a native operator
-(``csrc/objectives.h``) that does the same in one launch. S sequences, G groups, N tokens, K positives of a group.
+Two implementations: the losses of this package put together, for any dtype and device, and an operator that does the
+same in one launch, natively (``csrc/objectives.h``) or in Triton (``kernels/triton/loss.py``). S sequences, G groups, N
+tokens, K positives of a group.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastd2o.ops.logprob import check_differentiated_once
 
 Options = Mapping[str, Any]
 
-# Objective -> its options with their defaults, in the order in which the native operator takes them (csrc/loss.h).
+# Objective -> its options with their defaults, in the order in which csrc/loss.h and kernels/triton/loss.py take them.
 _OPTIONS: dict[str, Options] = {
     "d2o": {"alpha": 0.1, "beta": 0.1, "length_normalize": False, "allow_no_anchor": False},
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
@@ -106,8 +107,8 @@ def grouped_loss(
             Needed by all but the Cringe objectives, which have none.
         token_cringe: [N] floating point, the ``loss`` of each token of the negatives from ``fastd2o.linear_cringe``;
             what it holds for positives is not read. Needed by the Cringe objectives alone.
-        backend: ``"torch"``, ``"cpu"``, ``"cuda"``, or None for the best that works. float64 is computed by
-            ``"torch"``.
+        backend: ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the best that works. float64 is computed
+            by ``"torch"``.
         **options: of the objective, with the names, ranges and defaults of its loss:
 
             - all types of ``dpo_loss``: ``beta``; ``"sigmoid"``, ``"robust"`` and ``"exo_pair"``: ``label_smoothing``
@@ -135,7 +136,8 @@ def grouped_loss(
     token_logp, token_cringe, ref_logp = _check_tensors(
         token_logp, sequence_start, group_start, positive, ref_logp, token_cringe, objective
     )
-    if resolve(backend, token_logp.device.type, token_logp.dtype) == "torch":
+    backend = resolve(backend, token_logp.device.type, token_logp.dtype)
+    if backend == "torch":
         if checks.values_readable(token_logp):
             _check_values(sequence_start, group_start, positive, len(token_logp), objective, resolved)
         return _composed(token_logp, sequence_start, group_start, positive, ref_logp, token_cringe, objective, resolved)
@@ -149,6 +151,7 @@ def grouped_loss(
         ref_logp,
         objective,
         [float(value) for value in resolved.values()],
+        backend,
     )
     return GroupedLoss(loss, sequence_logp)
 
@@ -307,7 +310,7 @@ def _composed(
     objective: str,
     options: Options,
 ) -> GroupedLoss:
-    """As readable as it gets; the native operator must agree with it."""
+    """As readable as it gets; the operator must agree with it."""
     length_S, count_G = _lengths(sequence_start, len(token_logp_N)), _lengths(group_start, len(positive_S))
     group_S = _owner(count_G, len(positive_S))
     logp_S = _sum_segments(token_logp_N, length_S)
@@ -404,7 +407,7 @@ def _sum_segments(values: Tensor, length: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=length, initial=0.0, unsafe=True)
 
 
-# --- natively: one launch ---------------------------------------------------------------------------------------------
+# --- in one launch ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("fastd2o::grouped_loss", mutates_args=())
@@ -417,23 +420,29 @@ def _grouped_loss_op(
     ref_logp: Tensor | None,
     objective: str,
     parameters: Sequence[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss [G], sequence_logp [S], and the derivatives [S] of each group's loss by the sums of its sequences."""
-    try:
-        return torch.ops.fastd2o_native.loss(
-            token_logp.contiguous(),
-            None if token_cringe is None else token_cringe.contiguous(),
-            sequence_start.contiguous(),
-            group_start.contiguous(),
-            positive.contiguous(),
-            None if ref_logp is None else ref_logp.contiguous(),
-            objective,
-            parameters,
-        )
-    except RuntimeError:
+
+    def check_values() -> None:
         if token_logp.device.type == "cpu":  # say it as every other loss would
             options = dict(zip(_OPTIONS[objective], parameters, strict=True))
             _check_values(sequence_start, group_start, positive, len(token_logp), objective, options)
+
+    tensors = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (token_logp, token_cringe, sequence_start, group_start, positive, ref_logp)
+    ]
+    if backend == "triton":
+        # Here and not above: Triton is an optional dependency.
+        from fastd2o.kernels.loss import loss
+
+        check_values()
+        return loss(*tensors, objective, parameters)
+    try:
+        return torch.ops.fastd2o_native.loss(*tensors, objective, parameters)
+    except RuntimeError:
+        check_values()
         raise
 
 
@@ -461,7 +470,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 6
+    no_gradient = (None,) * 7
     if grad_loss is None:
         return (None, None, *no_gradient)
     sequence_start, group_start, *coefficients = ctx.saved_tensors

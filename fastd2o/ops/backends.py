@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ from fastd2o.ops import native
 from fastd2o.ops.native_tile_ops import CpuTileOps, CudaTileOps
 from fastd2o.ops.tile_ops import LogitTransform, TileOps
 from fastd2o.ops.torch_tile_ops import TorchTileOps
+from fastd2o.ops.triton_tile_ops import TritonTileOps
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -19,10 +22,17 @@ _TILE_OPS: dict[str, Callable[[LogitTransform, torch.dtype], TileOps]] = {
     "torch": TorchTileOps,
     "cpu": CpuTileOps,
     "cuda": CudaTileOps,
+    "triton": TritonTileOps,
 }
 
 # What serves a device when nothing is asked for, best first. The CUDA kernels join when they have been measured on one.
 _PREFERRED = {"cpu": ("cpu", "torch")}
+
+# Backends that could not be loaded, with the environment's variables that this depends on.
+_in_vain: set[tuple[str | None, ...]] = set()
+
+# Of Cringe, that the Triton kernel keeps.
+_MOST_CANDIDATES = 64
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,13 +60,7 @@ def check_backend(backend: str | None) -> None:
 
 def supported(backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why this backend cannot serve matrix products of this dtype on this device, or None where it can."""
-    if backend == "torch":
-        return None
-    if device != backend:
-        return f"its kernels run on {backend}, and hidden is on {device}"
-    if dtype not in _NATIVE_DTYPES:
-        return f"it has no {str(dtype).removeprefix('torch.')} arithmetic"
-    return _unavailable(backend)
+    return _misfit(backend, device, dtype) or _unavailable(backend)
 
 
 # Compiling kernels, or finding that they cannot be had, is nothing that a graph should hold.
@@ -78,7 +82,7 @@ def resolve(backend: str | None, device: str, dtype: torch.dtype) -> str:
         _refuse(backend, supported(backend, device, dtype) or _load(backend))
         return backend
     for name in _PREFERRED.get(device, ()):
-        if supported(name, device, dtype) is None and _load(name) is None:
+        if _misfit(name, device, dtype) is None and _can_load(name):
             return name
     return "torch"
 
@@ -101,28 +105,76 @@ def tile_ops(backend: str, transform: LogitTransform, dtype: torch.dtype) -> Til
     return _TILE_OPS[backend](transform, dtype)
 
 
+def check_candidates(backend: str, k: int) -> None:
+    """Refuse more candidates than the backend's kernel for Cringe keeps.
+
+    Raises:
+        ValueError: with the fix.
+    """
+    if backend == "triton" and k > _MOST_CANDIDATES:
+        _refuse(backend, f"it keeps at most {_MOST_CANDIDATES} candidates, and k={k}")
+
+
+def _misfit(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the backend is not one for such calls, on any machine."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        # Triton is an optional dependency, whose absence is told by _unavailable, and takes a while to import.
+        return None if _unavailable(backend) else _triton_misfit(device, dtype)
+    if device != backend:
+        return f"its kernels run on {backend}, and hidden is on {device}"
+    if dtype not in _NATIVE_DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')} arithmetic"
+    return None
+
+
 def _unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "triton":
-        return "its kernels are not part of this version of FastD2O"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed. Fix: pip install 'fastd2o[triton]'"
+        on_cuda, on_cpu = (_triton_misfit(device, torch.float32) for device in ("cuda", "cpu"))
+        return on_cuda and on_cpu and on_cuda
     return native.unavailable("cpu" if backend == "cpu" else "cuda")
 
 
+def _triton_misfit(device: str, dtype: torch.dtype) -> str | None:
+    from fastd2o.kernels import configs
+
+    return configs.unsupported(1, 1, dtype, device)
+
+
 def _load(backend: str) -> str | None:
-    """Have the backend's kernels; the reason where that fails, which is also warned of, once."""
-    if backend == "torch":
+    """Have the backend's kernels; the reason where that fails. Triton's are compiled when they are called."""
+    if backend in ("torch", "triton"):
         return None
     try:
         native.load("cpu" if backend == "cpu" else "cuda")
     except native.NativeError as error:
-        warnings.warn(f"{error} Until then backend 'torch' serves.", FastD2OWarning, stacklevel=2)
         return str(error)
     return None
 
 
+def _can_load(backend: str) -> bool:
+    """Have the backend's kernels. Where that fails one warning says so, unless it was the user's own wish, and it is
+    not tried again before something changes that it depends on: looking for compilers takes its time."""
+    surroundings = (backend, *map(os.environ.get, native.VARIABLES))
+    if surroundings in _in_vain:
+        return False
+    reason = _load(backend)
+    if reason is None:
+        return True
+    _in_vain.add(surroundings)
+    if not native.switched_off():
+        warnings.warn(f"{reason}. Until then backend 'torch' serves.", FastD2OWarning, stacklevel=2)
+    return False
+
+
 def _refuse(backend: str, reason: str | None) -> None:
     if reason is not None:
+        fix = "; or" if "Fix: " in reason else ". Fix:"
         raise ValueError(
-            f"backend={backend!r} cannot serve: {reason}. Fix: backend='torch', or None to let the engine choose"
+            f"backend={backend!r} cannot serve: {reason}{fix} backend='torch', or None to let the engine choose"
         )

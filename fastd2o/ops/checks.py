@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastd2o.ops.backends import fuses, resolve
+from fastd2o.ops.backends import fuses
 from fastd2o.ops.plan import Plan
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -109,15 +109,24 @@ def check_k(k: int, vocab_size: int) -> None:
         )
 
 
-def choose_plan(plan: Plan | None, expected: Plan, backend: str | None) -> Plan:
-    """The plan that a caller gave, if it fits the call, whose own plan would be ``expected``; ``expected`` if none was
-    given. A backend that the call names goes before the plan's."""
+def choose_plan(
+    plan: Plan | None,
+    backend: str | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    cringe: bool = False,
+) -> Plan:
+    """The plan that a caller gave, if it fits the call; the engine's own if none was given. A backend that the call
+    names goes before the plan's."""
     if plan is None:
-        return expected
+        return Plan.of(hidden, weight, bias, cringe=cringe, backend=backend)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan is a {type(plan).__name__}: expected a fastd2o.Plan, as Plan.of(hidden, weight) gives it"
         )
+    expected = Plan.of(hidden, weight, bias, cringe=cringe, backend=backend or plan.backend)
     for name in ("hidden_size", "vocab_size", "dtype", "device"):
         given, wanted = getattr(plan, name), getattr(expected, name)
         if given != wanted:
@@ -133,7 +142,6 @@ def choose_plan(plan: Plan | None, expected: Plan, backend: str | None) -> Plan:
             f"plan.algorithm={plan.algorithm!r} cannot serve this call: expected {expected.algorithm!r}. Fix: "
             "start from Plan.of(hidden, weight), or pass plan=None"
         )
-    chosen = resolve(plan.backend, expected.device, expected.dtype) if backend is None else expected.backend
-    if chosen == plan.backend:
+    if backend is None or backend == plan.backend:
         return plan
-    return replace(plan, backend=chosen, fused=plan.fused and fuses(chosen, plan.algorithm))
+    return replace(plan, backend=backend, fused=plan.fused and fuses(backend, plan.algorithm))

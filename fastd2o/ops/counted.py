@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def may_wait(compact: bool, tensor: Tensor) -> bool:
+    """Whether a call that would ``compact`` can: a CUDA graph that is being captured cannot hold a wait. Only an
+    operator that runs knows; one that is traced does not."""
+    return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 @dataclass(frozen=True)
 class Counted:
     """Which of T tokens count, in one of three forms.
@@ -31,6 +37,7 @@ class Counted:
             ValueError: a target outside ``[0, V)`` that is not ``ignore_index``; the message names the first. Without
                 ``compact`` on CUDA the device asserts instead, later.
         """
+        compact = may_wait(compact, target_T)
         counted = target_T != ignore_index
         outside = counted & ((target_T < 0) | (target_T >= vocab_size))
         if not compact and target_T.is_cuda:
@@ -50,7 +57,7 @@ class Counted:
     @classmethod
     def where(cls, counted: Tensor, compact: bool) -> Counted:
         """Those of a mask ``[T]``."""
-        if not compact:
+        if not may_wait(compact, counted):
             return cls(mask=counted)
         rows = counted.nonzero().squeeze(1)
         return cls() if len(rows) == len(counted) else cls(rows=rows)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import engine
+from fastd2o.ops.backends import check_candidates
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
@@ -18,7 +19,7 @@ from fastd2o.ops.checks import (
     check_transform,
     choose_plan,
 )
-from fastd2o.ops.counted import Counted
+from fastd2o.ops.counted import Counted, may_wait
 from fastd2o.ops.logprob import (
     check_differentiated_once,
     empty_gradients,
@@ -77,7 +78,8 @@ def linear_cringe(
         k: candidates, ``1 <= k < V``.
         detach_positive: take no gradient through s⁺.
         seed: of the draws, 64 bits. A token's draw is Philox at this seed and the token's counter, so it does not
-            depend on chunking or backend. None takes a fresh seed from torch's default generator.
+            depend on chunking or backend. None takes a fresh seed from torch's default generator; refused while a CUDA
+            graph is captured, whose replays would repeat it.
         counter: ``[...]`` int64, the counter of every token; default: its flat position in ``target``. Give
             counters that belong to the data, and how a batch is put together cannot change a draw.
         bias, logit_scale, softcap, temperature, ignore_index, backend, plan: as in :func:`fastd2o.linear_logprob`.
@@ -97,9 +99,15 @@ def linear_cringe(
     check_target("counter", counter, hidden)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = choose_plan(plan, Plan.of(hidden, weight, bias, cringe=True, backend=backend), backend)
+    chosen = choose_plan(plan, backend, hidden, weight, bias, cringe=True)
+    check_candidates(chosen.backend, k)
     # On the CPU whatever the device, so that reading it there waits for nothing.
     if seed is None:
+        if not torch.compiler.is_compiling() and hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "seed=None while a CUDA graph is captured: every replay would draw the same. Fix: pass seed=, and "
+                "change what is in counter= between replays"
+            )
         seed_tensor = torch.randint(2**63 - 1, (), device="cpu")
     else:
         seed_tensor = torch.tensor(_as_int64(seed), device="cpu")
@@ -223,7 +231,7 @@ def _cringe_backward_op(
             counted.gather(positive),
             engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
             detach_positive=detach_positive,
-            wait=compact,
+            wait=may_wait(compact, hidden),
             need_hidden=need_hidden,
             need_weight=need_weight,
             need_bias=need_bias,

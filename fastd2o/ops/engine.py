@@ -71,15 +71,16 @@ class Tiling:
         """The same, of a backend that fuses."""
         return cast(FusedOps, self.ops(head))
 
-    def tile(self, tokens: int, head: Head) -> _Tile:
-        """Memory for one tile, used for all of them."""
+    def tile(self, tokens: int, head: Head, *, factors: bool) -> _Tile:
+        """Memory for one tile, used for all of them; with ``factors``, for what is to be multiplied again as well."""
         elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
         device = head.weight_VD.device
         logits_dtype = self.dtype if self.fused else tile_dtype(self.dtype, device.type, self.backend)
         logits = torch.empty(elements, dtype=logits_dtype, device=device)
+        if not factors or logits.dtype == self.dtype:
+            return _Tile(logits, logits)
         # 16-bit factors of the next product fit over 16-bit logits, but not over wider ones that are still being read.
-        factors = logits if logits.dtype == self.dtype else torch.empty(elements, dtype=self.dtype, device=device)
-        return _Tile(logits, factors)
+        return _Tile(logits, torch.empty(elements, dtype=self.dtype, device=device))
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,8 @@ class _Tile:
     def logits_TN(self, hidden_TD: Tensor, slab: _Slab, ops: TileOps) -> Tensor:
         """``hidden @ weight.T + bias`` of one tile."""
         out_TN = self._view(self.logits, len(hidden_TD), len(slab.weight_ND))
-        ops.product(
-            out_TN, hidden_TD, slab.weight_ND.t(), None if slab.bias_N is None else slab.bias_N.to(out_TN.dtype)
-        )
+        bias_N = None if slab.bias_N is None else slab.bias_N.to(out_TN.dtype).contiguous()
+        ops.product(out_TN, hidden_TD, slab.weight_ND.t(), bias_N)
         return out_TN
 
     def factors_TN(self, tokens: int, columns: int) -> Tensor:
@@ -180,7 +180,7 @@ def _fold_tiles(
 ) -> None:
     """A product into a tile of memory, then its fold; where it is asked for, the unit gradient."""
     tokens = len(hidden_TD)
-    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=unit_TD is not None)
     for rows in _blocks(tokens, tiling.block_tokens):
         block = _rows_of(state, rows)
         mean_weight_TD: Tensor | None = None
@@ -239,7 +239,7 @@ def logodds_backward(
     target = _Columns.of(head, target_T, hidden_TD)
     target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
     dhidden_TD = target.weight_TD.mul_(target_coef_T1) if need_hidden else None
-    ops, tile = tiling.ops(head), tiling.tile(tokens, head)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=True)
     sums_ND = hidden_TD.new_empty((min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype)
     for slab in _slabs(head, tiling):
         columns = slice(slab.start, slab.start + len(slab.weight_ND))
@@ -285,7 +285,7 @@ def cringe_forward(
     if tiling.fused:
         _fold_products(hidden_TD, head, target_T, tiling, state, top)
     else:
-        tile = tiling.tile(tokens, head)
+        tile = tiling.tile(tokens, head, factors=False)
         for rows in _blocks(tokens, tiling.block_tokens):
             block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
             target_T1 = target_T[rows].unsqueeze(1)

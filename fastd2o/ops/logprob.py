@@ -191,7 +191,7 @@ def linear_logodds(
     check_transform(logit_scale, softcap, temperature)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = choose_plan(plan, Plan.of(hidden, weight, bias, backend=backend), backend)
+    chosen = choose_plan(plan, backend, hidden, weight, bias)
     logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

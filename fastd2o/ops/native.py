@@ -49,6 +49,9 @@ PACKAGED = _PACKAGE / "_native"
 # Installed, the sources lie inside the package; in the repository, and so in an editable install, beside it.
 CSRC = _PACKAGE / "csrc" if (_PACKAGE / "csrc").exists() else _PACKAGE.parent / "csrc"
 
+# Of the environment, what decides whether kernels can be had.
+VARIABLES = ("FASTD2O_NATIVE", "FASTD2O_CACHE", "XDG_CACHE_HOME", "CXX", "PATH", "CUDA_HOME")
+
 _OLDEST_TORCH = (2, 10)
 _OLDEST_GPU = (8, 0)
 _STABLE_ABI = "stable ABI of torch 2.10"
@@ -90,7 +93,7 @@ def unavailable(kind: Kind) -> str | None:
 
     Nothing is compiled or loaded to find out.
     """
-    if os.environ.get("FASTD2O_NATIVE") == "0":
+    if switched_off():
         return "FASTD2O_NATIVE=0 switches the native kernels off. Fix: unset it"
     if kind in _loaded:
         return None
@@ -98,6 +101,11 @@ def unavailable(kind: Kind) -> str | None:
     if reason is None and not all(library.found() for library in _libraries(kind)):
         reason = cannot_build(kind)
     return reason
+
+
+def switched_off() -> bool:
+    """Whether the user wants none."""
+    return os.environ.get("FASTD2O_NATIVE") == "0"
 
 
 def load(kind: Kind) -> None:
@@ -455,7 +463,8 @@ def _cannot_build_cuda() -> str | None:
 def compiler() -> str | None:
     """The path of the C++ compiler: CXX, or the first on the PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
-    return next(filter(None, map(shutil.which, names)), None)
+    found = next(filter(None, map(shutil.which, names)), None)
+    return found and os.path.abspath(found)  # it is called in another folder
 
 
 def ninja() -> str | None:

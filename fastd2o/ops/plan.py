@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -57,8 +57,8 @@ class Plan:
         fused: product and fold, or product and gradient, are one kernel, which only backend ``"triton"`` has, and not
             for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between.
         compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
-            forward and once a backward. False: nothing waits, and all tokens are projected, as in a CUDA graph, during
-            whose capture this is chosen by itself.
+            forward and once a backward. False: nothing waits, and all tokens are projected. While a CUDA graph is
+            captured, which cannot hold a wait, it is taken as False.
     """
 
     algorithm: Algorithm
@@ -108,7 +108,7 @@ class Plan:
                 algorithm = "recompute"
             elif hidden.requires_grad:
                 algorithm = "unit"
-        plan = cls.choose(
+        return cls.choose(
             tokens=hidden.numel() // hidden.shape[-1],
             hidden_size=hidden.shape[-1],
             vocab_size=weight.shape[0],
@@ -118,8 +118,6 @@ class Plan:
             cast_weight=weight.dtype != dtype,
             backend=resolve(backend, device, dtype),
         )
-        capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
-        return replace(plan, compact=False) if capturing else plan
 
     @classmethod
     def choose(
@@ -201,9 +199,9 @@ class Plan:
             return _PARTIAL_BYTES
         if self.backend == "cpu":
             # csrc/cpu/product.cpp: panels of one factor, or one panel of 64 columns if that is more; for every thread a
-            # block of the other factor, 128 x 1024.
+            # block of the other factor, 128 x 1024 of 16 bits or 128 x 128 of 32.
             widest = max(self.hidden_size, columns, tokens) + 32
-            return max(_PACKED_BYTES, 64 * widest * 4) + torch.get_num_threads() * (128 * 1024 * 4)
+            return max(_PACKED_BYTES, 64 * widest * 4) + torch.get_num_threads() * (128 * 1024 * 2)
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
         return _BAND_COPIES * min(band_elements(self.device), max(tokens, 1) * columns) * sums
 

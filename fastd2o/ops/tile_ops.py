@@ -114,7 +114,8 @@ class TileOps(Protocol):
         """Write ``left @ right + bias`` to ``out``, or add ``left @ right`` to it.
 
         ``out`` has the factors' dtype or the wider one of sums; how precise a sum of 16-bit factors arrives in the
-        latter is the backend's: the better ones add in float32 and stay there. ``bias`` has out's dtype.
+        latter is the backend's: the better ones add in float32 and stay there. ``bias`` has out's dtype and is
+        contiguous.
         """
 
     def fold(

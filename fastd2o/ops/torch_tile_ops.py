@@ -105,10 +105,11 @@ class TorchTileOps:
             exponentials = z.exp() if extra is not None else z.exp_()
             tile_sum = exponentials.sum(1, keepdim=True)
             if extra is not None:
-                # What was gathered relative to the old maximum moves along; 0 * -inf is the 0 it tends to.
+                # What was gathered relative to the old maximum moves along; 0 * -inf is the 0 it tends to, also where
+                # what counts for nothing any more has overflowed.
                 moved = extra.weighted[band] + torch.where(old_sum > 0, old_sum * (old_max - shift), 0.0)
                 weighted = z.mul_(exponentials).nan_to_num_(nan=0.0).sum(1, keepdim=True)
-                extra.weighted[band] = moved * rescale + weighted
+                extra.weighted[band] = torch.where(rescale == 0, 0.0, moved * rescale) + weighted
             state.sum[band] = old_sum * rescale + tile_sum
             state.max[band] = new_max
             rescale_T1[band] = rescale

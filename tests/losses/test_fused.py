@@ -522,7 +522,7 @@ def test_opcheck(objective: str):
     native.load("cpu")
     arguments = operator_arguments(RAGGED, objective, {})
     arguments[0].requires_grad_()
-    results = torch.library.opcheck(torch.ops.fastd2o.grouped_loss, tuple(arguments))
+    results = torch.library.opcheck(torch.ops.fastd2o.grouped_loss, (*arguments, "cpu"))
     assert set(results.values()) == {"SUCCESS"}
 
 

@@ -113,16 +113,14 @@ void transform_each(const float* raw, int64_t n, const double* transform, float*
   }
 }
 
-// Folds z in pieces that end at `ends`, merges the pieces, and leaves max, sum, weighted.
+// Folds z in pieces that end at `ends`, each relative to its maximum, and leaves max, sum, weighted.
 void fold_pieces(const float* z, const int64_t* ends, int64_t pieces, float* out) {
   OnlineSums all = OnlineSums::none();
   for (int64_t p = 0, i = 0; p < pieces; ++p) {
-    OnlineSums piece = OnlineSums::none();
-    for (; i < ends[p]; ++i) {
-      piece = piece.relative_to(max_or_nan(piece.max, z[i]));
-      piece.add(z[i]);
-    }
-    all = merged(all, piece);
+    float max = all.max;
+    for (int64_t j = i; j < ends[p]; ++j) max = max_or_nan(max, z[j]);
+    all = all.relative_to(max);
+    for (; i < ends[p]; ++i) all.add(z[i]);
   }
   out[0] = all.max;
   out[1] = all.sum;
@@ -135,10 +133,6 @@ void key_each(const float* z, const uint32_t* column, int64_t n, uint64_t* key, 
     z_back[i] = key_logit(key[i]);
     column_back[i] = key_column(key[i]);
   }
-}
-
-void insert_each(const uint64_t* key, int64_t n, uint64_t* keys, int k) {
-  for (int64_t i = 0; i < n; ++i) insert_key(keys, k, key[i]);
 }
 
 void philox_each(uint64_t seed, const uint64_t* counter, int64_t n, uint32_t* words, float* uniform) {

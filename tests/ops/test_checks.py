@@ -35,7 +35,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "plan of another kind": ({"plan": 3}, TypeError, "plan is a int: expected a fastd2o.Plan"),
     "no temperature": ({"temperature": 0.0}, ValueError, "temperature=0.0 must be a positive number"),
     "unknown backend": ({"backend": "tpu"}, ValueError, "backend='tpu' is unknown. Known: torch, cpu, triton, cuda"),
-    "backend that is not there": ({"backend": "triton"}, ValueError, r"'triton' cannot serve: .* Fix: backend='torch'"),
+    "backend that is not there": ({"backend": "cuda"}, ValueError, r"'cuda' cannot serve: .* backend='torch'"),
 }  # fmt: skip
 
 

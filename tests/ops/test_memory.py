@@ -68,6 +68,26 @@ def test_a_plan_bounds_the_memory(dtype: torch.dtype, tokens: int, softcap: floa
     assert use.peak - sum(leaf.nbytes for leaf in leaves) <= plan.extra_bytes
 
 
+@pytest.mark.parametrize("algorithm", ["forward", "unit", "recompute", "cringe"])
+def test_a_plan_bounds_the_memory_of_full_tiles(algorithm: str) -> None:
+    """With so many tokens, what a tile holds is all that counts."""
+    hidden = torch.randn(3000, 8, dtype=torch.bfloat16).requires_grad_(algorithm != "forward")
+    weight = torch.randn(20_000, 8, dtype=torch.bfloat16).requires_grad_(algorithm == "recompute")
+    target = torch.randint(20_000, (3000,))
+    leaves = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+
+    def step() -> object:
+        if algorithm == "cringe":
+            value = fastd2o.linear_cringe(hidden, weight, target).loss
+        else:
+            value = fastd2o.linear_logprob(hidden, weight, target)
+        return torch.autograd.grad(value.sum(), leaves) if leaves else value
+
+    plan = fastd2o.Plan.of(hidden, weight, cringe=algorithm == "cringe")
+    use = measure_memory(step, warm_up=False)
+    assert use.peak - sum(leaf.nbytes for leaf in leaves) <= plan.extra_bytes
+
+
 def test_the_measurement_sees_full_logits() -> None:
     """The guard above can fail: eager code holds what it forbids."""
     hidden, weight, target = inputs(trained=True)

@@ -1,0 +1,489 @@
+"""The Triton kernels that multiply, against TorchTileOps on float64 logits; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from fastd2o.kernels import configs  # noqa: E402
+from fastd2o.kernels.configs import ProductConfig, unsupported  # noqa: E402
+from fastd2o.kernels.cringe_forward import cringe_forward  # noqa: E402
+from fastd2o.kernels.logprob import logprob_forward, logprob_grad_slab, partition  # noqa: E402
+from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TopKState  # noqa: E402
+from fastd2o.ops.torch_tile_ops import TorchTileOps  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not configs.INTERPRETED, reason="needs TRITON_INTERPRET=1 or a GPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy, of NaN that is meant to be
+]
+
+# Small enough that small shapes have several blocks of everything.
+CONFIG = ProductConfig(16, 32, 32, 4, 2)
+PLAIN = LogitTransform()
+BENT = LogitTransform(logit_scale=-1.3, softcap=3.0, temperature=0.7)
+
+
+class Problem:
+    """Inputs of one call. Targets lie in the slab, before it, behind it, and nowhere."""
+
+    def __init__(
+        self,
+        tokens: int = 37,
+        columns: int = 101,
+        hidden_size: int = 24,
+        dtype: torch.dtype = torch.float32,
+        bias: bool = False,
+        transform: LogitTransform = PLAIN,
+        vocab_start: int = 20,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.hidden = normal(tokens, hidden_size).to(DEVICE, dtype)
+        self.weight = normal(columns, hidden_size).to(DEVICE, dtype)
+        self.bias = normal(columns).to(DEVICE) if bias else None
+        if self.bias is not None:
+            self.bias[columns // 3] = -torch.inf
+        target = torch.randint(0, vocab_start + columns + 20, (tokens, 1), generator=generator)
+        target[0] = -100
+        self.target = target.to(DEVICE)
+        self.coef = normal(tokens, 1).to(DEVICE)
+        self.transform = transform
+        self.vocab_start = vocab_start
+
+    @property
+    def reference(self) -> TorchTileOps:
+        return TorchTileOps(self.transform, torch.float64)
+
+    def raw(self) -> Tensor:
+        raw = self.hidden.double() @ self.weight.double().T
+        return raw if self.bias is None else raw + self.bias.double()
+
+    def state(self, dtype: torch.dtype = torch.float32, statistics: bool = False) -> FoldState:
+        return FoldState.empty(len(self.hidden), self.hidden, dtype, statistics)
+
+    def folded(self, statistics: bool = False) -> FoldState:
+        """By the reference."""
+        state = self.state(torch.float64, statistics)
+        self.reference.fold(self.raw(), self.target, self.vocab_start, state)
+        return state
+
+    def fold(self, state: FoldState, columns: slice = slice(None), config: ProductConfig | None = CONFIG) -> None:
+        """By the kernel, all columns or some."""
+        bias = None if self.bias is None else self.bias[columns]
+        start = self.vocab_start + (columns.start or 0)
+        logprob_forward(self.hidden, self.weight[columns], bias, self.target, start, state, self.transform, config)
+
+    def grad(self, lse: Tensor, out: Tensor, config: ProductConfig | None = CONFIG) -> None:
+        factors = (self.hidden, self.weight, self.bias)
+        logprob_grad_slab(*factors, self.target, self.vocab_start, lse, self.coef, out, self.transform, config)
+
+    def expected_grad(self, lse: Tensor) -> Tensor:
+        out = torch.empty_like(self.raw())
+        arguments = (self.target, self.vocab_start, lse.double(), self.coef.double(), out)
+        self.reference.grad(self.raw(), *arguments)
+        return out
+
+    def cringe(
+        self, state: FoldState, top: TopKState, columns: slice = slice(None), config: ProductConfig | None = CONFIG
+    ) -> None:
+        bias = None if self.bias is None else self.bias[columns]
+        start = self.vocab_start + (columns.start or 0)
+        factors = (self.hidden, self.weight[columns], bias)
+        cringe_forward(*factors, self.target, start, state, top, self.transform, config)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    """float32 sums of the products of some 50 numbers around 1; relative, where they are larger."""
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def same_fold(actual: FoldState, expected: FoldState) -> None:
+    close(actual.target_logit, expected.target_logit)
+    close(actual.max, expected.max)
+    close(actual.lse_others, expected.lse_others)
+    if expected.statistics is None:
+        return
+    assert actual.statistics is not None
+    close(actual.statistics.weighted / actual.sum, expected.statistics.weighted / expected.sum)
+    close(actual.statistics.total, expected.statistics.total, 1e-4)
+    assert torch.equal(actual.statistics.argmax, expected.statistics.argmax)
+
+
+def bits(state: FoldState) -> list[Tensor]:
+    extra = state.statistics
+    more = [] if extra is None else [extra.weighted, extra.total, extra.argmax]
+    return [state.max, state.sum, state.target_logit, *more]
+
+
+# ---- fold ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("transform", "bias", "statistics"),
+    [(PLAIN, False, False), (PLAIN, True, True), (BENT, True, False), (BENT, False, True)],
+)
+def test_forward_folds_slab_after_slab(
+    dtype: torch.dtype, transform: LogitTransform, bias: bool, statistics: bool
+) -> None:
+    problem = Problem(dtype=dtype, transform=transform, bias=bias)
+    state = problem.state(statistics=statistics)
+    for columns in (slice(0, 40), slice(40, 41), slice(41, 101)):
+        problem.fold(state, columns)
+    same_fold(state, problem.folded(statistics))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "columns", "hidden_size"),
+    [(1, 1, 1), (3, 2, 16), (16, 32, 32), (33, 67, 48), (5, 300, 80), (130, 31, 7)],
+)
+def test_forward_takes_every_shape(tokens: int, columns: int, hidden_size: int) -> None:
+    problem = Problem(tokens, columns, hidden_size, vocab_start=0)
+    state = problem.state(statistics=True)
+    problem.fold(state, config=None)
+    same_fold(state, problem.folded(statistics=True))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_forward_in_parts(parts: int) -> None:
+    problem = Problem(transform=BENT, bias=True)
+    state = problem.state(statistics=True)
+    problem.fold(state, config=ProductConfig(16, 64, 32, 4, 2, parts))
+    same_fold(state, problem.folded(statistics=True))
+
+
+def test_forward_makes_several_rounds_and_gives_the_same_bits() -> None:
+    problem = Problem(tokens=90, columns=171, hidden_size=40)
+    plan = partition(90, 171, 40 * 4, configs.multiprocessors(problem.hidden.device), CONFIG)
+    assert DEVICE == "cuda" or 6 * plan.splits > 2 * 4, "more items than two rounds of the interpreter's programs"
+    first, second = problem.state(statistics=True), problem.state(statistics=True)
+    problem.fold(first)
+    problem.fold(second)
+    same_fold(first, problem.folded(statistics=True))
+    for one, other in zip(bits(first), bits(second), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_forward_takes_strides_and_offsets() -> None:
+    problem = Problem(hidden_size=24)
+    wide = torch.randn(37, 31, device=DEVICE)
+    wide[:, 5:29] = problem.hidden
+    problem.hidden = wide[:, 5:29]  # neither rows nor their beginnings are aligned
+    problem.weight = problem.weight.T.contiguous().T  # columns are contiguous, not rows
+    problem.target = torch.cat([problem.target, problem.target + 1], 1)[:, :1]
+    floats = torch.full((37, 5), -7.0, device=DEVICE)
+    floats[:, 0], floats[:, 1:] = -torch.inf, 0.0
+    extra = StatisticsState(floats[:, 3:4], torch.zeros(37, 2, dtype=torch.int64, device=DEVICE)[:, 1:], floats[:, 4:])
+    state = FoldState(floats[:, :1], floats[:, 1:2], floats[:, 2:3], extra)
+    problem.fold(state)
+    same_fold(state, problem.folded(statistics=True))
+
+
+@pytest.mark.parametrize("hidden_size", [24, 40])
+def test_descriptors_give_what_pointers_do(hidden_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(hidden_size=hidden_size, bias=True)
+    pointers, descriptors = problem.state(), problem.state()
+    lse = problem.folded().lse_others.float()
+    by_pointers, by_descriptors = torch.empty(2, 37, 101, device=DEVICE)
+    for tma, state, out in ((False, pointers, by_pointers), (True, descriptors, by_descriptors)):
+        if DEVICE == "cpu":
+            monkeypatch.setattr(configs, "has_tma", lambda *_, tma=tma: tma)
+        problem.fold(state)
+        problem.grad(lse, out)
+    for one, other in zip(bits(pointers), bits(descriptors), strict=True):
+        close(one, other)
+    close(by_pointers, by_descriptors)
+
+
+def test_a_nan_reaches_the_sum_of_its_token_only() -> None:
+    problem = Problem(tokens=20, columns=70)
+    problem.hidden[3, 2] = torch.nan
+    problem.weight[50, 1] = torch.inf  # of either sign, or NaN, in every token's logits
+    state = problem.state()
+    problem.fold(state, slice(0, 40))
+    assert torch.equal(state.sum.isnan().squeeze(1).nonzero().squeeze(1), torch.tensor([3], device=DEVICE))
+    problem.fold(state, slice(40, 70))
+    expected = problem.folded()
+    assert torch.equal(state.lse_others.isnan(), expected.lse_others.isnan())
+    close(state.lse_others, expected.lse_others)
+
+
+@pytest.mark.parametrize("transform", [PLAIN, BENT])
+def test_padding_takes_no_part(transform: LogitTransform) -> None:
+    problem = Problem(tokens=20, columns=70, bias=True, transform=transform)
+    assert problem.bias is not None
+    problem.bias[:] = -torch.inf
+    problem.target[5] = problem.vocab_start + 30
+    state = problem.state(statistics=True)
+    problem.fold(state)
+    assert (state.max == -torch.inf).all()
+    assert (state.sum == 0).all()
+    assert state.target_logit[5] == -torch.inf
+    assert state.statistics is not None
+    assert (state.statistics.total == 0).all()
+    assert (state.statistics.weighted == 0).all()
+    problem.bias[60:] = 0.5
+    problem.fold(state)
+    same_fold(state, problem.folded(statistics=True))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    problem = Problem(transform=LogitTransform(logit_scale=1000.0))
+    state = problem.state(statistics=True)
+    problem.fold(state)
+    same_fold(state, problem.folded(statistics=True))
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 5), (5, 0)])
+def test_nothing_changes_where_there_is_nothing(tokens: int, columns: int) -> None:
+    problem = Problem(tokens=max(tokens, 1), columns=max(columns, 1))
+    problem.hidden, problem.weight, problem.target = (
+        problem.hidden[:tokens],
+        problem.weight[:columns],
+        problem.target[:tokens],
+    )
+    state = problem.state()
+    top = TopKState.empty(tokens, 3, problem.hidden, torch.float32)
+    problem.fold(state)
+    problem.cringe(state, top)
+    problem.coef = problem.coef[:tokens]
+    problem.grad(state.max, torch.empty(tokens, columns, device=DEVICE))
+    assert (state.max == -torch.inf).all()
+    assert (top.values == -torch.inf).all()
+
+
+# ---- grad ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype", "transform", "bias", "parts"),
+    [
+        (torch.float32, torch.float32, PLAIN, False, 1),
+        (torch.float32, torch.float32, BENT, True, 2),
+        (torch.float16, torch.float16, BENT, True, 1),
+        (torch.float16, torch.float32, PLAIN, True, 4),
+    ],
+)
+def test_grad_is_that_of_the_reference(
+    dtype: torch.dtype, out_dtype: torch.dtype, transform: LogitTransform, bias: bool, parts: int
+) -> None:
+    problem = Problem(dtype=dtype, transform=transform, bias=bias)
+    problem.coef[16:32] = 0.0  # a whole block of 16 tokens
+    problem.coef[3] = 0.0
+    lse = problem.folded().lse_others.float()
+    # Rows of a wider tensor; what is beside them stays.
+    wide = torch.full((37, 110), 9.0, dtype=out_dtype, device=DEVICE)
+    problem.grad(lse, wide[:, 4:105], ProductConfig(16, 64, 32, 4, 2, parts))
+    assert (wide[:, :4] == 9.0).all()
+    assert (wide[:, 105:] == 9.0).all()
+    out = wide[:, 4:105]
+    close(out, problem.expected_grad(lse), 2e-5 if out_dtype == torch.float32 else 2e-3)
+    inside = (problem.target >= 20) & (problem.target < 121)
+    rows = inside.squeeze(1).nonzero().squeeze(1)
+    assert (out[rows, problem.target[rows, 0] - 20] == 0).all()
+
+
+def test_grad_of_tokens_that_do_not_count_is_zero_whatever_they_are() -> None:
+    problem = Problem(tokens=48)
+    lse = problem.folded().lse_others.float()
+    problem.coef[16:32] = -0.0
+    problem.hidden[16:32] = torch.nan
+    problem.coef[2], problem.hidden[2], lse[20] = 0.0, torch.inf, torch.nan
+    out = torch.full((48, 101), 9.0, device=DEVICE)
+    problem.grad(lse, out)
+    counted = [row for row in range(48) if row != 2 and not 16 <= row < 32]
+    assert (out[16:32] == 0).all()
+    assert (out[2] == 0).all()
+    close(out[counted], problem.expected_grad(lse)[counted])
+
+
+def test_grad_without_any_other_column_is_zero() -> None:
+    problem = Problem(tokens=3, columns=20, bias=True, vocab_start=0)
+    assert problem.bias is not None
+    problem.bias[1:] = -torch.inf
+    problem.target[:] = 0
+    state = problem.state()
+    problem.fold(state)
+    out = torch.full((3, 20), 9.0, device=DEVICE)
+    problem.grad(state.lse_others, out, None)
+    assert (out == 0).all()
+
+
+# ---- Cringe ----------------------------------------------------------------------------------------------------------
+
+
+def best(z_TN: Tensor, target_T1: Tensor, vocab_start: int, k: int) -> list[list[int]]:
+    """The columns of the k largest, NaN before all, of equals the first; those at -inf, and the target's, never."""
+    ranked = []
+    for row, target in zip(z_TN.tolist(), target_T1[:, 0].tolist(), strict=True):
+        able = [c for c, z in enumerate(row) if z != -math.inf and c + vocab_start != target]
+        able.sort(key=lambda c: (0, 0.0, c) if math.isnan(row[c]) else (1, -row[c], c))
+        ranked.append([c + vocab_start for c in able[:k]])
+    return ranked
+
+
+def chosen(top: TopKState) -> list[list[int]]:
+    return [
+        [column for column, value in zip(columns, values, strict=True) if value != -math.inf]
+        for columns, values in zip(top.index.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("k", "dtype", "transform", "bias"),
+    [(1, torch.float32, PLAIN, True), (3, torch.float16, BENT, True), (5, torch.float32, PLAIN, False)],
+)
+def test_cringe_finds_the_largest_and_folds(k: int, dtype: torch.dtype, transform: LogitTransform, bias: bool) -> None:
+    problem = Problem(tokens=20, dtype=dtype, transform=transform, bias=bias)
+    state, top = problem.state(), TopKState.empty(20, k, problem.hidden, torch.float32)
+    for columns in (slice(0, 2), slice(2, 45), slice(45, 101)):
+        problem.cringe(state, top, columns)
+    same_fold(state, problem.folded())
+    expected = TopKState.empty(20, k, problem.hidden, torch.float64)
+    problem.reference.topk(problem.raw(), problem.target, problem.vocab_start, expected)
+    close(top.values, expected.values)
+    assert torch.equal(top.index, expected.index)
+
+
+@pytest.mark.parametrize(("k", "parts"), [(4, 1), (7, 2)])
+def test_cringe_keeps_the_first_of_equal_logits(k: int, parts: int) -> None:
+    problem = Problem(tokens=18, columns=90)
+    # Small integers: every logit is exact, and most have equals.
+    problem.hidden = problem.hidden.round().clamp(-1, 1)
+    problem.weight = problem.weight.round().clamp(-1, 1)
+    top = TopKState.empty(18, k, problem.hidden, torch.float32)
+    config = ProductConfig(16, 32, 32, 4, 2, parts)
+    for columns in (slice(0, 33), slice(33, 90)):
+        problem.cringe(problem.state(), top, columns, config)
+    assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, k)
+
+
+def test_cringe_with_as_many_candidates_as_there_can_be() -> None:
+    problem = Problem(tokens=2, columns=130, hidden_size=8)
+    top = TopKState.empty(2, 64, problem.hidden, torch.float32)
+    problem.cringe(problem.state(), top)
+    assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 64)
+
+
+def test_cringe_puts_nan_first_and_leaves_infinities_out() -> None:
+    problem = Problem(tokens=6, columns=60, bias=True)
+    assert problem.bias is not None
+    problem.bias[10:] = -torch.inf  # 10 columns are left for 12 places
+    problem.bias[4], problem.bias[6] = torch.nan, torch.inf
+    problem.target[:] = 25  # column 5 of the slab
+    top = TopKState.empty(6, 12, problem.hidden, torch.float32)
+    problem.cringe(problem.state(), top)
+    columns = best(problem.raw(), problem.target, problem.vocab_start, 12)
+    assert all(row[:2] == [24, 26] and len(row) == 9 for row in columns)
+    assert chosen(top) == columns
+    assert (top.index[:, 9:] == 0).all()
+
+
+def test_cringe_gives_the_same_bits_twice() -> None:
+    problem = Problem(tokens=40, columns=80)
+    found = []
+    for _ in range(2):
+        state, top = problem.state(), TopKState.empty(40, 2, problem.hidden, torch.float32)
+        problem.cringe(state, top, config=None)
+        found.append([*bits(state), top.values, top.index])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+# ---- what is served, and how -----------------------------------------------------------------------------------------
+
+
+def test_the_reason_is_given_where_a_call_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "INTERPRETED", True)
+    assert unsupported(64, 100, torch.float32, "cpu") is None
+    assert unsupported(64, 100, torch.float16, "cpu", k=64) is None
+    assert "bfloat16" in str(unsupported(64, 100, torch.bfloat16, "cpu"))
+    assert "float64" in str(unsupported(64, 100, torch.float64, "cpu"))
+    assert "k=65" in str(unsupported(64, 100, torch.float32, "cpu", k=65))
+    assert "vocabulary of 2147483648" in str(unsupported(64, 2**31, torch.float32, "cpu"))
+    assert "mps" in str(unsupported(64, 100, torch.float32, "mps"))
+    assert "TRITON_INTERPRET" in str(unsupported(64, 100, torch.float32, "cuda"))
+    monkeypatch.setattr(configs, "INTERPRETED", False)
+    assert "on cpu" in str(unsupported(64, 100, torch.float32, "cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in str(unsupported(64, 100, torch.float32, "cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "7.5" in str(unsupported(64, 100, torch.float32, "cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert unsupported(64, 100, torch.bfloat16, "cuda", k=5) is None
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    problem = Problem(tokens=4, columns=8)
+    state, top = problem.state(), TopKState.empty(4, 65, problem.hidden, torch.float32)
+    with pytest.raises(ValueError, match="k=65"):
+        problem.cringe(state, top)
+    with pytest.raises(ValueError, match="no statistics"):
+        problem.cringe(problem.state(statistics=True), TopKState(top.values[:, :2], top.index[:, :2]))
+    with pytest.raises(ValueError, match=r"out has shape \[4, 9\]"):
+        problem.grad(state.max, torch.empty(4, 9, device=DEVICE))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        problem.grad(state.max, torch.empty(8, 4, device=DEVICE).T)
+    problem.bias = torch.zeros(7, device=DEVICE)
+    with pytest.raises(ValueError, match=r"bias \[7\]"):
+        problem.fold(state)
+    problem.weight = problem.weight.half()
+    with pytest.raises(ValueError, match=r"weight torch\.float16"):
+        problem.fold(state)
+
+
+@pytest.mark.parametrize("programs", [4, 108, 132, 148])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (8192, 128256), (2048, 128256), (4096, 4096), (129, 151936)])
+def test_a_partition_covers_everything_and_wastes_little(programs: int, tokens: int, columns: int) -> None:
+    config = ProductConfig(128, 256, 64, 8, 4)
+    plan = partition(tokens, columns, 8192, programs, config)
+    token_blocks, column_blocks = -(-tokens // 128), -(-columns // 256)
+    assert plan.splits * plan.blocks_per_split >= column_blocks
+    assert (plan.splits - 1) * plan.blocks_per_split < column_blocks, "no split is empty"
+    assert 1 <= plan.group <= token_blocks
+    if token_blocks * column_blocks >= 20 * programs:
+        rounds = -(-token_blocks * plan.splits // programs)
+        assert rounds * plan.blocks_per_split <= 1.1 * token_blocks * column_blocks / programs + 1
+
+
+def test_only_the_flag_has_a_call_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(300, 64))
+    entry = configs.table_entry("fold", 90, torch.bfloat16)
+    favourite = configs.neighbours(entry)[1]
+    measured = []
+
+    def milliseconds(config: ProductConfig, trial: Any) -> float:
+        measured.append(config)
+        return 1.0 if config == favourite else 2.0
+
+    monkeypatch.setattr(configs, "architecture", lambda _: 90)
+    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def choose() -> ProductConfig:
+        arguments: Any = ("fold", call, torch.empty(7, 1), (True,), lambda _: None)
+        return configs.choose(*arguments)
+
+    monkeypatch.delenv("FASTD2O_AUTOTUNE", raising=False)
+    assert choose() == entry
+    assert measured == []
+    monkeypatch.setenv("FASTD2O_AUTOTUNE", "1")
+    assert choose() == favourite
+    assert measured[0] == entry
+    count = len(measured)
+    assert choose() == favourite
+    assert len(measured) == count, "measured once"
