@@ -104,7 +104,7 @@ def take_in(z, column_start, vocab_start, keys, PART_N: tl.constexpr):
         rank = tl.where(cols[None, :] == column[:, None], _RANK_NOTHING, rank)
         best = tl.max(rank, 1)
         smallest = tl.min(keys, 1)
-        enters = best >= tl.maximum((smallest >> 32).to(tl.int32), _RANK_NEG_INF)
+        enters = best > tl.maximum((smallest >> 32).to(tl.int32), _RANK_NEG_INF)
     return keys, logit_of((smallest >> 32).to(tl.int32))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import fastd2o
 from fastd2o.ops import native
@@ -26,7 +27,22 @@ def default_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         else:
             patch.setenv("FASTD2O_NATIVE", "0")
         if backend == "triton":
-            if (reason := fastd2o.backends()["triton"]) is not None:
-                pytest.skip(reason)
+            if (why := fastd2o.backends()["triton"]) is not None:
+                pytest.skip(why)
             patch.setitem(_PREFERRED, "cpu", ("triton", "torch"))
         yield backend
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what would run on ``torch`` twice, dtypes that Triton's interpreter does not have; and the memory that
+    the interpreter uses, which tells nothing."""
+
+    def pointless(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        elsewhere = parameters.get("dtype") in (torch.float64, torch.bfloat16)
+        return parameters.get("default_backend") == "triton" and (elsewhere or item.path.stem == "test_memory")
+
+    left_out = [item for item in items if pointless(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

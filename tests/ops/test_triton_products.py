@@ -246,6 +246,22 @@ def test_large_logits_do_not_overflow() -> None:
     same_fold(state, problem.folded(statistics=True))
 
 
+def test_the_first_of_equal_logits_is_the_argmax() -> None:
+    problem = Problem(tokens=70, columns=250, hidden_size=8)
+    # Small integers: every logit is exact, and most have equals.
+    problem.hidden = problem.hidden.round().clamp(-1, 1)
+    problem.weight = problem.weight.round().clamp(-1, 1)
+    state = problem.state(statistics=True)
+    problem.fold(state)
+    # The same logits again, in columns further on.
+    problem.vocab_start += 250
+    problem.fold(state)
+    problem.vocab_start -= 250
+    assert state.statistics is not None
+    first = best(problem.raw(), problem.target, problem.vocab_start, 1)
+    assert state.statistics.argmax.tolist() == first
+
+
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 5), (5, 0)])
 def test_nothing_changes_where_there_is_nothing(tokens: int, columns: int) -> None:
     problem = Problem(tokens=max(tokens, 1), columns=max(columns, 1))
@@ -309,6 +325,25 @@ def test_grad_of_tokens_that_do_not_count_is_zero_whatever_they_are() -> None:
     close(out[counted], problem.expected_grad(lse)[counted])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what the interpreter does")
+def test_grad_does_not_multiply_tokens_that_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    products = []
+    dot = interpreter_builder.create_dot
+
+    def counted(*factors: Any) -> Any:
+        products.append(factors)
+        return dot(*factors)
+
+    monkeypatch.setattr(interpreter_builder, "create_dot", counted)
+    problem = Problem(tokens=48, columns=64)
+    out = torch.empty(48, 64)
+    problem.coef[16:32] = 0.0
+    problem.grad(torch.zeros(48, 1), out)
+    assert len(products) == 2 * 2, "two blocks of tokens that count, two of columns"
+
+
 def test_grad_without_any_other_column_is_zero() -> None:
     problem = Problem(tokens=3, columns=20, bias=True, vocab_start=0)
     assert problem.bias is not None
@@ -370,6 +405,14 @@ def test_cringe_keeps_the_first_of_equal_logits(k: int, parts: int) -> None:
     assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, k)
 
 
+def test_zeros_of_either_sign_are_equal() -> None:
+    problem = Problem(tokens=2, columns=40)
+    problem.hidden[:] = 0.0
+    top = TopKState(torch.full((2, 1), -0.0, device=DEVICE), torch.tensor([[7], [7]], device=DEVICE))
+    problem.cringe(problem.state(), top)
+    assert (top.index == 7).all()
+
+
 def test_cringe_with_as_many_candidates_as_there_can_be() -> None:
     problem = Problem(tokens=2, columns=130, hidden_size=8)
     top = TopKState.empty(2, 64, problem.hidden, torch.float32)
@@ -389,6 +432,26 @@ def test_cringe_puts_nan_first_and_leaves_infinities_out() -> None:
     assert all(row[:2] == [24, 26] and len(row) == 9 for row in columns)
     assert chosen(top) == columns
     assert (top.index[:, 9:] == 0).all()
+
+
+def test_cringe_finds_nan_and_leaves_infinities_out_in_later_blocks() -> None:
+    problem = Problem(tokens=70, columns=250, hidden_size=8, bias=True)
+    assert problem.bias is not None
+    negative_nan = torch.tensor(-(2**22), dtype=torch.int32).view(torch.float32)
+    # Where a split has several blocks, here two, the second one has nothing above what the first one had but a NaN.
+    problem.bias[:32], problem.bias[32:] = 50.0, -50.0
+    problem.bias[40] = negative_nan
+    top = TopKState.empty(70, 3, problem.hidden, torch.float32)
+    problem.cringe(problem.state(), top)
+    assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 3)
+    assert (top.index[:, 0] == 60)[problem.target[:, 0] != 60].all()
+    # A NaN in the first block, nothing but padding in the second, and room left.
+    problem.bias[:] = -torch.inf
+    problem.bias[64:76], problem.bias[65] = 0.0, negative_nan
+    top = TopKState.empty(70, 16, problem.hidden, torch.float32)
+    problem.cringe(problem.state(), top)
+    assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 16)
+    assert (top.index[:, 12:] == 0).all()
 
 
 def test_cringe_gives_the_same_bits_twice() -> None:

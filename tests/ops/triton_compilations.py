@@ -132,18 +132,20 @@ def compilations(arch: int) -> Iterator[Compilation]:
         half, full, tma = table[arch][16], table[arch][32], arch >= 90
         if name == "fold":
             least = {**least, "partial_argmax": None}
-        yield product(f"{name} bfloat16 everything", kernel, "bf16", half, plain=False, tma=tma, **most)
-        yield product(f"{name} float32 everything", kernel, "fp32", full, plain=False, tma=False, **most)
+        yield product(f"{name} product bfloat16 everything", kernel, "bf16", half, plain=False, tma=tma, **most)
+        yield product(f"{name} product float32 everything", kernel, "fp32", full, plain=False, tma=False, **most)
         if name in ("fold", "grad"):
-            yield product(f"{name} bfloat16", kernel, "bf16", half, plain=True, tma=tma, **least)
+            yield product(f"{name} product bfloat16", kernel, "bf16", half, plain=True, tma=tma, **least)
         if name == "fold":
             # Where the layout does not allow tensor descriptors.
             ragged = {**least, "EVEN_D": False}
-            yield product(f"{name} float16 pointers", kernel, "fp16", half, plain=True, tma=False, **ragged)
-            yield product(f"{name} float32 tf32", kernel, "fp32", full, plain=True, tma=tma, PRECISION="tf32", **least)
+            yield product(f"{name} product float16 pointers", kernel, "fp16", half, plain=True, tma=False, **ragged)
+            yield product(
+                f"{name} product float32 tf32", kernel, "fp32", full, plain=True, tma=tma, PRECISION="tf32", **least
+            )
         if arch == 80:
             small = product(
-                f"{name} bfloat16 everything", kernel, "bf16", table[86][16], plain=False, tma=False, **most
+                f"{name} product bfloat16 everything", kernel, "bf16", table[86][16], plain=False, tma=False, **most
             )
             yield Compilation(**{**vars(small), "name": f"{small.name} {SMALL}"})
 
