@@ -16,7 +16,7 @@ from setuptools.dist import Distribution
 if int(setuptools.__version__.partition(".")[0]) < 77:  # --no-build-isolation looks at no requirement
     raise SystemExit(f"setuptools is {setuptools.__version__}, needed >= 77. Fix: pip install -U setuptools")
 
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  an older setuptools does not have it
+from setuptools.command.bdist_wheel import bdist_wheel
 
 
 class BuildWithKernels(build_py):

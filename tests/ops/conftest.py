@@ -33,16 +33,36 @@ def default_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield backend
 
 
+# What Triton's interpreter, a thousand times slower than the kernels, is put through: the shapes are small.
+_INTERPRETED = {
+    "test_matches_the_oracle",
+    "test_mixed_dtypes_compute_in_the_dtype_of_hidden",
+    "test_leading_dimensions_and_strides_do_not_matter",
+    "test_an_expanded_bias",
+    "test_extreme_logits",
+    "test_nan_is_not_hidden_and_stays_in_its_row",
+    "test_padding_columns_take_no_part",
+    "test_statistics_leave_padding_columns_out",
+    "test_everything_ignored_is_a_zero_that_is_still_connected",
+    "test_without_waiting_for_the_device_nothing_changes",
+    "test_two_runs_give_the_same_bits",
+    "test_value_and_gradients",
+    "test_fewer_finite_alternatives_than_k",
+    "test_no_finite_alternative_costs_nothing",
+    "test_counters_carry_the_draw_along_with_the_data",
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what would run on ``torch`` twice, dtypes that Triton's interpreter does not have; and the memory that
-    the interpreter uses, which tells nothing."""
+    """Leave out what the interpreter would take too long for, and what would run on ``torch`` twice."""
 
-    def pointless(item: pytest.Item) -> bool:
+    def left_out(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        elsewhere = parameters.get("dtype") in (torch.float64, torch.bfloat16)
-        return parameters.get("default_backend") == "triton" and (elsewhere or item.path.stem == "test_memory")
+        if parameters.get("default_backend") != "triton":
+            return False
+        name = item.name.partition("[")[0]
+        return name not in _INTERPRETED or parameters.get("dtype") in (torch.float64, torch.bfloat16)
 
-    left_out = [item for item in items if pointless(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    gone = [item for item in items if left_out(item)]
+    config.hook.pytest_deselected(items=gone)
+    items[:] = [item for item in items if item not in gone]
