@@ -147,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_how_to_go_on(config.output_dir)) from None
         trainer.save_model()
+        # A process that ends without having left its group is now and then aborted by a thread of it.
+        trainer.accelerator.end_training()
     if main_process:
         out = config.output_dir
         print(f"The model is in {out}")

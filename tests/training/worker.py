@@ -160,6 +160,7 @@ def ranks(out: Path) -> None:
     resumed.train(resume_from_checkpoint=str(out / "whole" / "checkpoint-2"))
     results["whole"], results["resumed"] = losses(whole), losses(resumed)
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
+    resumed.accelerator.end_training()  # a process that does not leave its group is now and then aborted at its end
 
 
 if __name__ == "__main__":
