@@ -31,9 +31,6 @@ _PREFERRED = {"cpu": ("cpu", "torch")}
 # Backends that could not be loaded, with the environment's variables that this depends on.
 _in_vain: set[tuple[str | None, ...]] = set()
 
-# Of Cringe, that the Triton kernel keeps.
-_MOST_CANDIDATES = 64
-
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -111,8 +108,11 @@ def check_candidates(backend: str, k: int) -> None:
     Raises:
         ValueError: with the fix.
     """
-    if backend == "triton" and k > _MOST_CANDIDATES:
-        _refuse(backend, f"it keeps at most {_MOST_CANDIDATES} candidates, and k={k}")
+    if backend == "triton":
+        from fastd2o.kernels.configs import MAX_CANDIDATES
+
+        if k > MAX_CANDIDATES:
+            _refuse(backend, f"it keeps at most {MAX_CANDIDATES} candidates, and k={k}")
 
 
 def _misfit(backend: str, device: str, dtype: torch.dtype) -> str | None:

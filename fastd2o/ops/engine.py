@@ -15,7 +15,7 @@ Every function takes only tokens that count: the caller has already dropped the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -163,16 +163,17 @@ def logodds_forward(
 def _fold_products(
     hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, state: FoldState, top: TopKState | None = None
 ) -> None:
-    """Products and folds in one kernel, and the largest logits if asked for."""
+    """Products and folds in one kernel, and the largest logits if asked for. There is no tile to be bounded, and slabs
+    only of a weight that is cast."""
     ops = tiling.fused_ops(head)
-    for rows in _blocks(len(hidden_TD), tiling.block_tokens):
-        block, block_TD, target_T1 = _rows_of(state, rows), hidden_TD[rows], target_T[rows].unsqueeze(1)
-        for slab in _slabs(head, tiling):
-            factors = (block_TD, slab.weight_ND, slab.bias_N, target_T1, slab.start, block)
-            if top is None:
-                ops.fold_product(*factors)
-            else:
-                ops.topk_product(*factors, TopKState(top.values[rows], top.index[rows]))
+    if head.weight_VD.dtype == tiling.dtype:
+        tiling = replace(tiling, block_vocab=head.vocab_size)
+    for slab in _slabs(head, tiling):
+        factors = (hidden_TD, slab.weight_ND, slab.bias_N, target_T.unsqueeze(1), slab.start, state)
+        if top is None:
+            ops.fold_product(*factors)
+        else:
+            ops.topk_product(*factors, top)
 
 
 def _fold_tiles(

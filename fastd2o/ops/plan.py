@@ -137,15 +137,10 @@ class Plan:
         backend = backend or resolve(None, device, dtype)
         block_tokens = max(1, min(tokens, _BLOCK_TOKENS.get(device, _BLOCK_TOKENS["cuda"])))
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
-        fused = fuses(backend, algorithm)
-        logit = dtype if fused else tile_dtype(dtype, device, backend)
-        columns = budget // (block_tokens * logit.itemsize)
+        columns = budget // (block_tokens * tile_dtype(dtype, device, backend).itemsize)
         # With few tokens the tile is small however wide it is; what is then to be bounded is the slab of the weight.
         columns = min(columns, budget // (hidden_size * dtype.itemsize) if hidden_size else columns)
         columns = max(columns, _MIN_BLOCK_VOCAB) // 64 * 64
-        if fused and algorithm != "recompute":  # there is no tile, and a slab only if the weight is cast
-            block_tokens = max(1, tokens)
-            columns = columns if cast_weight else vocab_size
         return cls(
             algorithm=algorithm,
             tokens=tokens,
@@ -157,7 +152,7 @@ class Plan:
             device=device,
             cast_weight=cast_weight,
             backend=backend,
-            fused=fused,
+            fused=fuses(backend, algorithm),
         )
 
     @property

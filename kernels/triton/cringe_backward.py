@@ -27,8 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastd2o.kernels.scalar import bend
-from fastd2o.kernels.tiles import on_device_of, transform_arguments
+from fastd2o.kernels.scalar import bend, transform_arguments
 from fastd2o.ops.tile_ops import LogitTransform
 
 
@@ -144,7 +143,7 @@ def hidden_gradient(
     positive = target_T if positive_T is None else positive_T
     bias = coef_T if bias_V is None else bias_V
     dhidden = coef_T if dhidden_TD is None else dhidden_TD
-    with on_device_of(hidden_TD):
+    with torch.cuda.device_of(hidden_TD):
         hidden_kernel[(tokens,)](
             coef_T,
             coef_T.stride(0),
@@ -199,7 +198,7 @@ def weight_gradient(
     column_E, order_E = edges.column_E.sort(stable=True)
     config = config or weight_config(hidden_size)
     blocks = 1 if dweight_VD is None else triton.cdiv(hidden_size, config.block_hidden)
-    with on_device_of(hidden_TD):
+    with torch.cuda.device_of(hidden_TD):
         weight_kernel[(number, blocks)](
             column_E,
             order_E,

@@ -39,7 +39,6 @@ from fastd2o.kernels.logprob import (
     block_of,
     check_factors,
     copied,
-    device_guard,
     factor_arguments,
     fold_logits,
     has_target,
@@ -48,17 +47,14 @@ from fastd2o.kernels.logprob import (
     own_columns,
     part_logits,
     partition,
-    scales,
     without_target,
 )
-from fastd2o.kernels.scalar import NEG_INF
+from fastd2o.kernels.scalar import NEG_INF, key_column, key_of, logit_of, rank_key, rank_of, transform_arguments
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, TopKState
 
-# Of a logit: its bits as an integer that is larger for a larger logit. Above them all is NaN, below them all nothing.
-_RANK_NAN = tl.constexpr(0x7FC00000)
+# Of rank_of: that of -inf, and below them all nothing.
 _RANK_NEG_INF = tl.constexpr(-2139095041)
 _RANK_NOTHING = tl.constexpr(-(2**31))
-_LOW_WORD = tl.constexpr(2**32 - 1)
 # Candidates that a program merges, of all its tokens.
 MERGED_KEYS = 256
 
@@ -68,24 +64,9 @@ _KEY_FULL = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def rank_of(z):
-    """See above; there is one NaN, and one zero."""
-    bits = tl.where(z == 0, 0, z.to(tl.int32, bitcast=True))
-    bits = tl.where(z != z, _RANK_NAN, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def logit_of(rank):
+def logit_or_nothing(rank):
     """The logit of a rank; -inf of nothing."""
-    bits = rank ^ ((rank >> 31) & 0x7FFFFFFF)
-    return tl.where(rank == _RANK_NOTHING, NEG_INF, bits.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def key_of(rank, column):
-    """Larger for a larger logit and, of equal ones, for the smaller column. Columns are below 2^32."""
-    return (rank.to(tl.int64) << 32) | (_LOW_WORD - column.to(tl.int64))
+    return tl.where(rank == _RANK_NOTHING, NEG_INF, logit_of(rank))
 
 
 @triton.jit
@@ -105,7 +86,7 @@ def take_in(z, column_start, vocab_start, keys, PART_N: tl.constexpr):
         best = tl.max(rank, 1)
         smallest = tl.min(keys, 1)
         enters = best > tl.maximum((smallest >> 32).to(tl.int32), _RANK_NEG_INF)
-    return keys, logit_of((smallest >> 32).to(tl.int32))
+    return keys, logit_or_nothing((smallest >> 32).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "target_logit_stride", "k"])
@@ -229,15 +210,15 @@ def merge_candidates_kernel(
     values_at = values + rows[:, None] * values_stride + slots[None, :]
     index_at = index + rows[:, None] * index_stride + slots[None, :]
     value = tl.load(values_at, mask=inside, other=NEG_INF)
-    keys = key_of(rank_of(value), tl.load(index_at, mask=inside, other=0))
+    keys = rank_key(value, tl.load(index_at, mask=inside, other=0))
     keys = tl.sort(tl.where(value == NEG_INF, _KEY_EMPTY, keys), descending=True)
     for split in range(splits):
         at = (tl.cast(split, tl.int64) * tokens + rows)[:, None] * K + slots[None, :]
         found = tl.load(partial_keys + at, mask=(rows < tokens)[:, None], other=_KEY_EMPTY)
         keys = tl.sort(tl.maximum(keys, tl.sort(found, descending=False)), descending=True)
     rank = (keys >> 32).to(tl.int32)
-    tl.store(values_at, logit_of(rank), mask=inside)
-    tl.store(index_at, tl.where(rank == _RANK_NOTHING, 0, _LOW_WORD - (keys & _LOW_WORD)), mask=inside)
+    tl.store(values_at, logit_or_nothing(rank), mask=inside)
+    tl.store(index_at, tl.where(rank == _RANK_NOTHING, 0, key_column(keys)), mask=inside)
 
 
 def cringe_forward(
@@ -297,9 +278,9 @@ def cringe_forward(
     places = max(2, triton.next_power_of_2(k))
     partial = hidden_TD.new_empty((2, plan.splits, tokens), dtype=torch.float32)
     partial_keys = hidden_TD.new_empty((plan.splits, tokens, places), dtype=torch.int64)
-    inner, outer = scales(transform)
+    inner, outer, capped = transform_arguments(transform)
     merge_rows = MERGED_KEYS // places
-    with device_guard(hidden_TD):
+    with torch.cuda.device_of(hidden_TD):
         cringe_products_kernel[(min(programs, plan.splits * triton.cdiv(tokens, config.block_tokens)),)](
             **factor_arguments(hidden_TD, weight_ND, bias_N, config),
             target=target_T1,
@@ -316,7 +297,7 @@ def cringe_forward(
             group=plan.group,
             k=k,
             K=places,
-            CAPPED=transform.softcap is not None,
+            CAPPED=capped,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

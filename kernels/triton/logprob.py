@@ -26,7 +26,6 @@ Shapes: T tokens, D hidden size, N columns of one slab of the vocabulary, or of 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,7 +38,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastd2o.kernels import configs
 from fastd2o.kernels.configs import ProductConfig
-from fastd2o.kernels.scalar import NEG_INF, bend, shift_of, transformed
+from fastd2o.kernels.scalar import NEG_INF, bend, moved_sum, shift_of, transform_arguments, transformed
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState
 
 # Integers that say how much there is, or where: kernels are not compiled anew for those that happen to be multiples of
@@ -192,9 +191,8 @@ def fold_statistics(z, cols, maximum, sums, weighted, argmax, e, below, factor, 
     part_max = tl.max(z, 1)
     first = tl.min(tl.where(z == part_max[:, None], cols[None, :], LAST_COLUMN), 1)
     argmax = tl.where(part_max > maximum, first, argmax)
-    # What was gathered relative to the old maximum moves along; 0 * -inf is the 0 it tends to.
-    moved = weighted + tl.where(sums > 0, sums * by, 0.0)
-    return moved * factor + tl.sum(tl.where(e == 0, 0.0, e * below), 1), argmax
+    moved = moved_sum(weighted, sums, by, factor)
+    return moved + tl.sum(tl.where(e == 0, 0.0, e * below), 1), argmax
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "target_logit_stride"])
@@ -378,7 +376,7 @@ def merge_folds_kernel(
     new_sum = old_sum * factor
     if STATISTICS:
         old_weighted = tl.load(state_weighted + rows * weighted_stride, mask=inside, other=0.0)
-        new_weighted = (old_weighted + tl.where(old_sum > 0, old_sum * (old_max - shift), 0.0)) * factor
+        new_weighted = moved_sum(old_weighted, old_sum, old_max - shift, factor)
         new_total = tl.load(state_total + rows * total_stride, mask=inside, other=0.0)
         first = tl.full([BLOCK_T], LAST_COLUMN, tl.int32)
     for start in range(0, splits, BLOCK_S):
@@ -392,8 +390,7 @@ def merge_folds_kernel(
         new_sum += tl.sum(part_sum * part_factor, 0)
         if STATISTICS:
             part_weighted = tl.load(partial + 2 * size + at, mask=mask, other=0.0)
-            moved = part_weighted + tl.where(part_sum > 0, part_sum * by, 0.0)
-            new_weighted += tl.sum(moved * part_factor, 0)
+            new_weighted += tl.sum(moved_sum(part_weighted, part_sum, by, part_factor), 0)
             new_total += tl.sum(tl.load(partial + 3 * size + at, mask=mask, other=0.0), 0)
             part_argmax = tl.load(partial_argmax + at, mask=mask, other=LAST_COLUMN)
             first = tl.minimum(first, tl.min(tl.where(part_max == new_max[None, :], part_argmax, LAST_COLUMN), 0))
@@ -541,8 +538,8 @@ def logprob_forward(
     plan = partition(tokens, columns, hidden_size * hidden_TD.element_size(), programs, config)
     partial = hidden_TD.new_empty((2 if extra is None else 4, plan.splits, tokens), dtype=torch.float32)
     partial_argmax = None if extra is None else hidden_TD.new_empty((plan.splits, tokens), dtype=torch.int32)
-    inner, outer = scales(transform)
-    with device_guard(hidden_TD):
+    inner, outer, capped = transform_arguments(transform)
+    with torch.cuda.device_of(hidden_TD):
         fold_products_kernel[(min(programs, plan.splits * triton.cdiv(tokens, config.block_tokens)),)](
             **factor_arguments(hidden_TD, weight_ND, bias_N, config),
             target=target_T1,
@@ -557,7 +554,7 @@ def logprob_forward(
             splits=plan.splits,
             blocks_per_split=plan.blocks_per_split,
             group=plan.group,
-            CAPPED=transform.softcap is not None,
+            CAPPED=capped,
             STATISTICS=extra is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -616,8 +613,8 @@ def logprob_grad_slab(
         )
     token_blocks, column_blocks = triton.cdiv(tokens, config.block_tokens), triton.cdiv(columns, config.block_columns)
     programs = configs.multiprocessors(hidden_TD.device)
-    inner, outer = scales(transform)
-    with device_guard(hidden_TD):
+    inner, outer, capped = transform_arguments(transform)
+    with torch.cuda.device_of(hidden_TD):
         grad_products_kernel[(token_blocks * column_blocks,)](
             **factor_arguments(hidden_TD, weight_ND, bias_N, config),
             target=target_T1,
@@ -632,7 +629,7 @@ def logprob_grad_slab(
             inner=inner,
             outer=outer,
             group=group_of(token_blocks, hidden_size * hidden_TD.element_size(), programs, config),
-            CAPPED=transform.softcap is not None,
+            CAPPED=capped,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -700,18 +697,6 @@ def check_factors(hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -
             f"hidden has shape {list(hidden_TD.shape)}, weight {list(weight_ND.shape)}{bias}, expected [T, D], [N, D] "
             "and [N]"
         )
-
-
-def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the device of ``tensor``."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-
-
-def scales(transform: LogitTransform) -> tuple[float, float]:
-    """``inner`` and ``outer`` of :func:`fastd2o.kernels.scalar.transformed`."""
-    if transform.softcap is None:
-        return transform.slope, 1.0
-    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
 def factor_arguments(

@@ -9,7 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastd2o.ops.tile_ops import LogitTransform
+
 NEG_INF = tl.constexpr(float("-inf"))
+LOW_WORD = tl.constexpr(2**32 - 1)
+_RANK_NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
@@ -21,6 +25,13 @@ def tanh(x):
     e = tl.exp(-2 * tl.abs(x))
     quotient = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -quotient, quotient))
+
+
+def transform_arguments(transform: LogitTransform) -> tuple[float, float, bool]:
+    """``inner``, ``outer`` and ``CAPPED`` of :func:`transformed`."""
+    if transform.softcap is None:
+        return transform.slope, 1.0, False
+    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature, True
 
 
 @triton.jit
@@ -47,3 +58,53 @@ def shift_of(maximum):
     """What to subtract before exponentials are taken: while everything so far is -inf, subtracting that would make NaN
     of it."""
     return tl.where(maximum == NEG_INF, 0.0, maximum)
+
+
+@triton.jit
+def moved_sum(weighted, sum_exp, moved_by, factor):
+    """``sum exp(z - max) (z - max)`` relative to another maximum, whose exponential is ``factor`` times the old one's.
+
+    0 * -inf is the 0 it tends to, also where what counts for nothing any more has overflowed.
+    """
+    moved = weighted + tl.where(sum_exp > 0, sum_exp * moved_by, 0.0)
+    return tl.where(factor == 0, 0.0, moved * factor)
+
+
+@triton.jit
+def rank_of(z):
+    """A logit's bits as an int32 that is larger for a larger logit; above them all is NaN, so that it is seen. There is
+    one NaN, and one zero."""
+    z = tl.where(z == 0, 0.0, z)
+    bits = tl.where(z != z, _RANK_NAN, z.to(tl.int32, bitcast=True))
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def logit_of(rank):
+    """The logit of a :func:`rank_of`."""
+    return tl.where(rank < 0, rank ^ 0x7FFFFFFF, rank).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(rank, column):
+    """A :func:`rank_of` and a column as one int64: larger for a larger logit and, of equal ones, for the smaller
+    column. Columns are below 2^32."""
+    return (rank.to(tl.int64) << 32) | (column.to(tl.int64) ^ LOW_WORD)
+
+
+@triton.jit
+def rank_key(z, column):
+    """The same of a logit."""
+    return key_of(rank_of(z), column)
+
+
+@triton.jit
+def key_logit(key):
+    """The logit of a :func:`key_of`."""
+    return logit_of((key >> 32).to(tl.int32))
+
+
+@triton.jit
+def key_column(key):
+    """The column of a :func:`key_of`."""
+    return (key & LOW_WORD) ^ LOW_WORD

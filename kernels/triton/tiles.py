@@ -23,7 +23,6 @@ to it, at the price of one more exponential a block, and the row agrees on one m
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -31,20 +30,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastd2o.kernels.scalar import NEG_INF, bend, shift_of, transformed
+from fastd2o.kernels.configs import DTYPES, MAX_CANDIDATES
+from fastd2o.kernels.scalar import (
+    LOW_WORD,
+    NEG_INF,
+    bend,
+    key_column,
+    key_logit,
+    moved_sum,
+    rank_key,
+    shift_of,
+    transform_arguments,
+    transformed,
+)
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, TopKState
-
-LARGEST_K = 64
 
 # No column of a row: where a lane has not met its maximum.
 _NO_COLUMN = tl.constexpr(2**31 - 1)
-_LOW_WORD = tl.constexpr(2**32 - 1)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 # Keys (rank_key) above all others, and below those of every logit but at -inf.
 _ABOVE_ALL = tl.constexpr(2**63 - 1)
 _BELOW_ALL = tl.constexpr(-0x7F800001 << 32)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -104,24 +110,12 @@ def draw_config(slots: int) -> DrawConfig:
 def candidate_slots(k: int) -> int:
     """In how much room ``k`` candidates are kept by :func:`topk`: a lane of a warp for each, or two. Less would cost as
     much."""
-    return 32 if k <= 32 else LARGEST_K
+    return 32 if k <= 32 else MAX_CANDIDATES
 
 
 def drawn_slots(k: int) -> int:
     """In how much room ``k`` candidates are put in order by :func:`draw`."""
-    return 8 if k <= 8 else LARGEST_K
-
-
-def transform_arguments(transform: LogitTransform) -> tuple[float, float, bool]:
-    """``inner``, ``outer`` and ``CAPPED`` of :func:`fastd2o.kernels.scalar.transformed`."""
-    if transform.softcap is None:
-        return transform.logit_scale / transform.temperature, 1.0, False
-    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature, True
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the tensor's device, on its current stream."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+    return 8 if k <= 8 else MAX_CANDIDATES
 
 
 def fold(
@@ -150,7 +144,7 @@ def fold(
     # Pointers that a kernel does not touch, where there is no such tensor.
     weighted, argmax, total = (state.max,) * 3 if extra is None else (extra.weighted, extra.argmax, extra.total)
     weights = logits_TN if weights_TN is None else weights_TN
-    with on_device_of(logits_TN):
+    with torch.cuda.device_of(logits_TN):
         fold_kernel[(tokens,)](
             logits_TN,
             logits_TN.stride(0),
@@ -205,7 +199,7 @@ def grad(
     _check_rows("out_TN", out_TN)
     config = config or grad_config(logits_TN.element_size())
     inner, outer, capped = transform_arguments(transform)
-    with on_device_of(logits_TN):
+    with torch.cuda.device_of(logits_TN):
         grad_kernel[(tokens, triton.cdiv(columns, config.deep * config.lanes))](
             logits_TN,
             logits_TN.stride(0),
@@ -236,7 +230,7 @@ def topk(
     *,
     config: RowConfig | None = None,
 ) -> None:
-    """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`; for k up to :data:`LARGEST_K`, values are float32."""
+    """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`; for k up to :data:`MAX_CANDIDATES`, values are float32."""
     tokens, columns = logits_TN.shape
     k = _checked_k(top)
     if tokens == 0 or columns == 0:
@@ -244,7 +238,7 @@ def topk(
     _check_rows("logits_TN", logits_TN)
     config = config or topk_config(tokens, logits_TN.element_size())
     inner, outer, capped = transform_arguments(transform)
-    with on_device_of(logits_TN):
+    with torch.cuda.device_of(logits_TN):
         topk_kernel[(tokens,)](
             logits_TN,
             logits_TN.stride(0),
@@ -267,7 +261,7 @@ def topk(
 
 
 def draw(top: TopKState, seed: int, counter_T: Tensor, *, config: DrawConfig | None = None) -> tuple[Tensor, Tensor]:
-    """See :meth:`fastd2o.ops.tile_ops.TileOps.draw`; for k up to :data:`LARGEST_K`, values are float32."""
+    """See :meth:`fastd2o.ops.tile_ops.TileOps.draw`; for k up to :data:`MAX_CANDIDATES`, values are float32."""
     tokens, k = len(top.values), _checked_k(top)
     positive_T = torch.empty(tokens, dtype=torch.int64, device=top.values.device)
     positive_logit_T = torch.empty(tokens, dtype=torch.float32, device=top.values.device)
@@ -275,7 +269,7 @@ def draw(top: TopKState, seed: int, counter_T: Tensor, *, config: DrawConfig | N
         return positive_T, positive_logit_T
     slots = drawn_slots(k)
     config = config or draw_config(slots)
-    with on_device_of(top.values):
+    with torch.cuda.device_of(top.values):
         draw_kernel[(triton.cdiv(tokens, config.tokens),)](
             top.values,
             top.values.stride(0),
@@ -298,7 +292,7 @@ def draw(top: TopKState, seed: int, counter_T: Tensor, *, config: DrawConfig | N
 def _check_rows(name: str, tile_TN: Tensor) -> None:
     if tile_TN.shape[1] > 1 and tile_TN.stride(1) != 1:
         raise ValueError(f"the rows of {name} are not contiguous (stride {tile_TN.stride(1)}). Fix: .contiguous()")
-    if tile_TN.dtype not in _DTYPES:
+    if tile_TN.dtype not in DTYPES:
         raise ValueError(
             f"{name} is {str(tile_TN.dtype).removeprefix('torch.')}, the kernels take float32, bfloat16 and float16. "
             'Fix: backend="torch"'
@@ -307,8 +301,8 @@ def _check_rows(name: str, tile_TN: Tensor) -> None:
 
 def _checked_k(top: TopKState) -> int:
     k = top.values.shape[1]
-    if not 1 <= k <= LARGEST_K:
-        raise ValueError(f'k={k}, the kernels take 1 to {LARGEST_K}. Fix: a smaller k, or backend="torch"')
+    if not 1 <= k <= MAX_CANDIDATES:
+        raise ValueError(f'k={k}, the kernels take 1 to {MAX_CANDIDATES}. Fix: a smaller k, or backend="torch"')
     for name, tensor in (("values", top.values), ("index", top.index)):
         if k > 1 and tensor.stride(1) != 1:
             raise ValueError(f"the rows of {name} are not contiguous (stride {tensor.stride(1)}). Fix: .contiguous()")
@@ -329,16 +323,6 @@ def column_of_target(target, vocab_start, columns):
 def block_of(deep, lanes, DEEP: tl.constexpr, LANES: tl.constexpr):
     """Offsets [DEEP, LANES] of a block's logits."""
     return deep[:, None] * LANES + lanes[None, :]
-
-
-@triton.jit
-def moved_sum(weighted, sum_exp, moved_by, factor):
-    """``sum exp(z - max) (z - max)`` relative to another maximum, whose exponential is ``factor`` times the old one's.
-
-    0 * -inf is the 0 it tends to, also where what counts for nothing any more has overflowed.
-    """
-    moved = weighted + tl.where(sum_exp > 0, sum_exp * moved_by, 0.0)
-    return tl.where(factor == 0, 0.0, moved * factor)
 
 
 @triton.jit
@@ -514,29 +498,6 @@ def grad_kernel(
 
 
 @triton.jit
-def rank_key(z, column):
-    """A logit and its column as one signed integer: larger for a larger logit and, of equal ones, for the smaller
-    column. NaN comes out above everything, so that it is seen. Columns are below 2^32."""
-    z = tl.where(z == 0, 0.0, z)  # one zero, and one NaN
-    bits = tl.where(z != z, 0x7FC00000, z.to(tl.int32, bitcast=True))
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered.to(tl.int64) << 32) | (column.to(tl.int64) ^ _LOW_WORD)
-
-
-@triton.jit
-def key_logit(key):
-    """The logit of a :func:`rank_key`."""
-    ordered = (key >> 32).to(tl.int32)
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def key_column(key):
-    """The column of a :func:`rank_key`."""
-    return (key & _LOW_WORD) ^ _LOW_WORD
-
-
-@triton.jit
 def bar_of(smallest):
     """No logit below this one can take the place of the smallest key. While there is room all finite ones can, and NaN;
     -inf never."""
@@ -635,8 +596,8 @@ def draw_kernel(
         current = tl.max(tl.where(keys < current[:, None], keys, _BELOW_ALL), axis=1)
 
     number = tl.load(counter + token * counter_stride, mask=live, other=0)
-    low = (number & _LOW_WORD).to(tl.uint32)
-    high = ((number >> 32) & _LOW_WORD).to(tl.uint32)
+    low = (number & LOW_WORD).to(tl.uint32)
+    high = ((number >> 32) & LOW_WORD).to(tl.uint32)
     zero = low ^ low
     word, _, _, _ = tl.philox(seed, low, high, zero, zero)
     u = (word >> 8).to(tl.float32) * (1.0 / 16777216.0)

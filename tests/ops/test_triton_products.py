@@ -246,6 +246,24 @@ def test_large_logits_do_not_overflow() -> None:
     same_fold(state, problem.folded(statistics=True))
 
 
+@pytest.mark.parametrize("ends", [[128], [32, 128]])
+def test_what_counts_for_nothing_any_more_may_overflow(ends: list[int]) -> None:
+    """A maximum near float32's limit after one near the opposite limit: in another block, in another slab."""
+    problem = Problem(tokens=3, columns=128, hidden_size=16)
+    problem.hidden.fill_(1.0)
+    problem.weight.zero_()
+    problem.weight[:, 0] = -2e38
+    problem.weight[-1, 0] = 2e38
+    problem.weight[1:-1, 0] = -torch.inf
+    problem.target.fill_(0)
+    state = problem.state(statistics=True)
+    for begin, end in zip([0, *ends], ends, strict=False):
+        problem.fold(state, slice(begin, end))
+    assert state.statistics is not None
+    assert state.statistics.weighted.tolist() == [[0.0]] * 3
+    assert state.sum.tolist() == [[1.0]] * 3
+
+
 def test_the_first_of_equal_logits_is_the_argmax() -> None:
     problem = Problem(tokens=70, columns=250, hidden_size=8)
     # Small integers: every logit is exact, and most have equals.

@@ -29,7 +29,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     yield from _folds()
     yield from _grads()
     yield from _topks()
-    for slots in sorted({tiles.drawn_slots(k) for k in range(1, tiles.LARGEST_K + 1)}):
+    for slots in sorted({tiles.drawn_slots(k) for k in range(1, tiles.MAX_CANDIDATES + 1)}):
         config = tiles.draw_config(slots)
         yield _compilation(
             f"draw {slots} slots",
@@ -101,7 +101,7 @@ def _grads() -> Iterator[Compilation]:
 
 
 def _topks() -> Iterator[Compilation]:
-    slots_of = {f"{slots} slots": slots for slots in (tiles.candidate_slots(k) for k in (5, tiles.LARGEST_K))}
+    slots_of = {f"{slots} slots": slots for slots in (tiles.candidate_slots(k) for k in (5, tiles.MAX_CANDIDATES))}
     for (dtype, (logits, written)), (rows, tokens), (transform, capped), (name, slots) in _product(
         DTYPES, TOKENS, TRANSFORMS, slots_of
     ):
