@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastd2o import losses
 from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
+from fastd2o.losses import Groups, PreferenceOutput, linear_preference_loss
 from fastd2o.ops import (
     CringeOutput,
     LogoddsOutput,
@@ -42,10 +43,12 @@ __all__ = [
     "DataError",
     "FastD2OError",
     "FastD2OWarning",
+    "Groups",
     "LogoddsOutput",
     "LogprobOutput",
     "Plan",
     "PreferenceConfig",
+    "PreferenceOutput",
     "PreferenceTrainer",
     "__version__",
     "attach",
@@ -54,6 +57,7 @@ __all__ = [
     "linear_cringe",
     "linear_logodds",
     "linear_logprob",
+    "linear_preference_loss",
     "losses",
     "sequence_logprob",
 ]

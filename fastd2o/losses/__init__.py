@@ -8,14 +8,18 @@ from fastd2o.losses.kto import kto_loss, kto_reference_point
 from fastd2o.losses.nat import nat_loss
 from fastd2o.losses.negatives import gradient_ascent_loss, npo_loss, npo_offset, simnpo_loss, unlikelihood_loss
 from fastd2o.losses.orpo import orpo_loss
+from fastd2o.losses.preference import PREFERENCE_OBJECTIVES, Groups, PreferenceOutput, linear_preference_loss
 from fastd2o.losses.simpo import simpo_loss
 
 __all__ = [
     "DPO_LOSS_TYPES",
     "DPO_SMOOTHED_TYPES",
     "GROUPED_OBJECTIVES",
+    "PREFERENCE_OBJECTIVES",
     "D2OTerms",
     "GroupedLoss",
+    "Groups",
+    "PreferenceOutput",
     "cringe_loss",
     "cringe_token_loss",
     "d2o_logits",
@@ -25,6 +29,7 @@ __all__ = [
     "grouped_loss",
     "kto_loss",
     "kto_reference_point",
+    "linear_preference_loss",
     "nat_loss",
     "npo_loss",
     "npo_offset",

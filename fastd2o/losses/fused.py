@@ -52,7 +52,7 @@ _OPTIONS: dict[str, Options] = {
 GROUPED_OBJECTIVES: tuple[str, ...] = tuple(_OPTIONS)
 """Every ``objective`` of :func:`grouped_loss`."""
 
-_CRINGE_OBJECTIVES = ("cringe", "pairwise_cringe")
+CRINGE_OBJECTIVES = ("cringe", "pairwise_cringe")
 
 
 class GroupedLoss(NamedTuple):
@@ -132,7 +132,7 @@ def grouped_loss(
             Accelerators are not waited for to look at values: there, such a group's loss is NaN.
     """
     checks.one_of("objective", objective, GROUPED_OBJECTIVES)
-    resolved = _resolve_options(objective, options)
+    resolved = resolve_options(objective, options)
     token_logp, token_cringe, ref_logp = _check_tensors(
         token_logp, sequence_start, group_start, positive, ref_logp, token_cringe, objective
     )
@@ -159,7 +159,7 @@ def grouped_loss(
 # --- the door ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve_options(objective: str, given: Options) -> Options:
+def resolve_options(objective: str, given: Options) -> Options:
     """All options of the objective, in their order."""
     known = _OPTIONS[objective]
     for name, value in given.items():
@@ -214,7 +214,7 @@ def _check_tensors(
     objective: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Everything but values; return what is floating point in one dtype, the reference detached."""
-    reads = {"ref_logp": objective not in _CRINGE_OBJECTIVES, "token_cringe": objective in _CRINGE_OBJECTIVES}
+    reads = {"ref_logp": objective not in CRINGE_OBJECTIVES, "token_cringe": objective in CRINGE_OBJECTIVES}
     for name, value in (("ref_logp", ref_logp), ("token_cringe", token_cringe)):
         if value is None and reads[name]:
             raise ValueError(f"{name} is missing: objective {objective!r} reads it. Fix: pass {name}.")
@@ -277,7 +277,7 @@ def _check_values(
         )
     if objective == "cringe":
         return
-    negatives = _sum_segments((~positive).double(), group_start.diff())
+    negatives = sum_segments((~positive).double(), group_start.diff())
     wrong = (negatives != 1).nonzero()
     if len(wrong):
         group = int(wrong[0])
@@ -311,17 +311,20 @@ def _composed(
     options: Options,
 ) -> GroupedLoss:
     """As readable as it gets; the operator must agree with it."""
-    length_S, count_G = _lengths(sequence_start, len(token_logp_N)), _lengths(group_start, len(positive_S))
-    group_S = _owner(count_G, len(positive_S))
-    logp_S = _sum_segments(token_logp_N, length_S)
-    cringe_S = None if token_cringe_N is None else _sum_segments(token_cringe_N, length_S)
+    length_S, count_G = (
+        segment_lengths(sequence_start, len(token_logp_N)),
+        segment_lengths(group_start, len(positive_S)),
+    )
+    group_S = segment_owner(count_G, len(positive_S))
+    logp_S = sum_segments(token_logp_N, length_S)
+    cringe_S = None if token_cringe_N is None else sum_segments(token_cringe_N, length_S)
 
     def of_positives(values_S: Tensor) -> Tensor:
         """[S] -> [G]: the sum. What is not summed is selected away: it may hold anything."""
-        return _sum_segments(torch.where(positive_S, values_S, 0.0), count_G)
+        return sum_segments(torch.where(positive_S, values_S, 0.0), count_G)
 
     def of_negatives(values_S: Tensor) -> Tensor:
-        return _sum_segments(torch.where(positive_S, 0.0, values_S), count_G)
+        return sum_segments(torch.where(positive_S, 0.0, values_S), count_G)
 
     def chosen(values_S: Tensor, fill: float = 0.0) -> Tensor:
         """[S]: the values of positives; the rest is no pair and must not make a NaN."""
@@ -388,7 +391,7 @@ def _composed(
     return GroupedLoss(torch.where(of_negatives(ones_S) == 1, loss_G, torch.nan), logp_S.detach())
 
 
-def _lengths(start: Tensor, items: int) -> Tensor:
+def segment_lengths(start: Tensor, items: int) -> Tensor:
     """[segments] int64: how many items lie in each segment. They add up to ``items`` even where offsets that nobody
     could look at are nonsense, so that nothing outside is ever read."""
     if len(start) == 1:
@@ -397,12 +400,12 @@ def _lengths(start: Tensor, items: int) -> Tensor:
     return inner.diff(prepend=start.new_zeros(1), append=start.new_full((1,), items))
 
 
-def _owner(length: Tensor, items: int) -> Tensor:
+def segment_owner(length: Tensor, items: int) -> Tensor:
     """[items] int64: the segment that each item lies in."""
     return torch.repeat_interleave(length, output_size=items)
 
 
-def _sum_segments(values: Tensor, length: Tensor) -> Tensor:
+def sum_segments(values: Tensor, length: Tensor) -> Tensor:
     """[segments]: the sum of each, in one order whatever the device; 0 for an empty one."""
     return torch.segment_reduce(values, "sum", lengths=length, initial=0.0, unsafe=True)
 
@@ -475,8 +478,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         return (None, None, *no_gradient)
     sequence_start, group_start, *coefficients = ctx.saved_tensors
     sequences = len(coefficients[0])
-    grad_sequence_S = grad_loss.index_select(0, _owner(_lengths(group_start, sequences), sequences))
-    sequence_N = _owner(_lengths(sequence_start, ctx.tokens), ctx.tokens)
+    grad_sequence_S = grad_loss.index_select(0, segment_owner(segment_lengths(group_start, sequences), sequences))
+    sequence_N = segment_owner(segment_lengths(sequence_start, ctx.tokens), ctx.tokens)
     gradients = [
         (coef_S * grad_sequence_S).index_select(0, sequence_N) if needed else None
         for coef_S, needed in zip(coefficients, ctx.needs_input_grad[:2], strict=True)

@@ -117,23 +117,31 @@ def choose_plan(
     bias: Tensor | None,
     *,
     cringe: bool = False,
+    grouped: bool = False,
+    memory_budget: int | float | None = None,
 ) -> Plan:
     """The plan that a caller gave, if it fits the call; the engine's own if none was given. A backend that the call
     names goes before the plan's."""
+    kind = {"cringe": cringe, "grouped": grouped}
     if plan is None:
-        return Plan.of(hidden, weight, bias, cringe=cringe, backend=backend)
+        return Plan.of(hidden, weight, bias, **kind, backend=backend, memory_budget=memory_budget)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan is a {type(plan).__name__}: expected a fastd2o.Plan, as Plan.of(hidden, weight) gives it"
         )
-    expected = Plan.of(hidden, weight, bias, cringe=cringe, backend=backend or plan.backend)
+    if memory_budget is not None:
+        raise ValueError(
+            "plan and memory_budget are both given, and the plan says already what is kept. Fix: leave one out, or "
+            "Plan.of(..., memory_budget=...)"
+        )
+    expected = Plan.of(hidden, weight, bias, **kind, backend=backend or plan.backend)
     for name in ("hidden_size", "vocab_size", "dtype", "device"):
         given, wanted = getattr(plan, name), getattr(expected, name)
         if given != wanted:
             raise ValueError(f"plan.{name}={given} but this call has {wanted}. Fix: start from Plan.of(hidden, weight)")
     # A plan for more gradients than are wanted serves, one for fewer does not.
     rank = ["forward", "unit", "recompute"]
-    if "cringe" in (plan.algorithm, expected.algorithm):
+    if plan.algorithm not in rank or expected.algorithm not in rank:
         fits = plan.algorithm == expected.algorithm
     else:
         fits = rank.index(plan.algorithm) >= rank.index(expected.algorithm)

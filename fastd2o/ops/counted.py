@@ -14,6 +14,27 @@ def may_wait(compact: bool, tensor: Tensor) -> bool:
     return compact and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def check_targets(target_T: Tensor, vocab_size: int, ignore_index: int) -> int:
+    """How many targets count. The host waits for the device.
+
+    Raises:
+        ValueError: one lies outside ``[0, V)`` and is not ``ignore_index``; the message names the first.
+    """
+    outside = _outside(target_T, vocab_size, ignore_index)
+    number, wrong = torch.stack([(target_T != ignore_index).sum(), outside.sum()]).tolist()
+    if wrong:
+        position = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target holds {int(target_T[position])} at flat position {position} ({wrong} such in all): expected "
+            f"ids in [0, {vocab_size}), or ignore_index={ignore_index} for positions to leave out"
+        )
+    return int(number)
+
+
+def _outside(target_T: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    return (target_T != ignore_index) & ((target_T < 0) | (target_T >= vocab_size))
+
+
 @dataclass(frozen=True)
 class Counted:
     """Which of T tokens count, in one of three forms.
@@ -39,17 +60,11 @@ class Counted:
         """
         compact = may_wait(compact, target_T)
         counted = target_T != ignore_index
-        outside = counted & ((target_T < 0) | (target_T >= vocab_size))
         if not compact and target_T.is_cuda:
+            outside = _outside(target_T, vocab_size, ignore_index)
             torch._assert_async(~outside.any(), "a target lies outside [0, V) and is not ignore_index")
             return cls(mask=counted)
-        number, wrong = torch.stack([counted.sum(), outside.sum()]).tolist()
-        if wrong:
-            position = int(outside.nonzero()[0])
-            raise ValueError(
-                f"target holds {int(target_T[position])} at flat position {position} ({wrong} such in all): expected "
-                f"ids in [0, {vocab_size}), or ignore_index={ignore_index} for positions to leave out"
-            )
+        number = check_targets(target_T, vocab_size, ignore_index)
         if not compact:
             return cls(mask=counted)
         return cls() if number == len(target_T) else cls(rows=counted.nonzero().squeeze(1))

@@ -14,7 +14,7 @@ Every function takes only tokens that count: the caller has already dropped the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops.backends import tile_dtype, tile_ops
-from fastd2o.ops.plan import GATHER_BYTES
+from fastd2o.ops.counted import Counted
+from fastd2o.ops.kept import Kept, active_columns
+from fastd2o.ops.plan import GATHER_BYTES, kept_columns
 from fastd2o.ops.tile_ops import FoldState, FusedOps, LogitTransform, StatisticsState, TileOps, TopKState
-from fastd2o.ops.torch_tile_ops import locate
+from fastd2o.ops.torch_tile_ops import locate, scale_rows
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one call is cut up and computed: tile shape, dtype of the products, backend of the tile operations, and
-    whether that is to fuse them with the product."""
+    """How one call is cut up and computed: tile shape, dtype of the products, backend of the tile operations, whether
+    that is to fuse them with the product, and how many bytes of softmax weights a forward may keep for its backward."""
 
     block_tokens: int
     block_vocab: int
     dtype: torch.dtype
     backend: str
     fused: bool = False
+    kept_bytes: int = 0
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -117,12 +120,32 @@ class Statistics(NamedTuple):
 
 class LogoddsResult(NamedTuple):
     """What the forward leaves, per token: log-odds and ``logsumexp`` of the other columns ``[T]``; the gradient of the
-    log-odds with respect to ``hidden``, ``[T, D]``, where it was asked for; statistics where asked for."""
+    log-odds with respect to ``hidden``, ``[T, D]``, where it was asked for; statistics where asked for; what is kept
+    for the backward."""
 
     logodds: Tensor
     lse_others: Tensor
     unit_TD: Tensor | None
     statistics: Statistics | None
+    kept: Kept | None
+
+
+class BackwardResult(NamedTuple):
+    """Gradient of hidden ``[T, D]``, in the dtype of sums, and the share of the kept columns that the gradients were
+    formed of, 0-d, where some were to be left out."""
+
+    hidden_TD: Tensor | None
+    active_share: Tensor | None
+
+
+class GroupedResult(NamedTuple):
+    """Gradients of hidden ``[T, D]``, in the dtype of sums, of weight and of bias; the share of active columns, 0-d, of
+    the parts together, where some were to be left out."""
+
+    hidden_TD: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    active_share: Tensor | None
 
 
 class CringeResult(NamedTuple):
@@ -136,20 +159,27 @@ class CringeResult(NamedTuple):
 
 
 def logodds_forward(
-    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, *, unit: bool, statistics: bool
+    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, *, unit: bool, statistics: bool, keep: bool = False
 ) -> LogoddsResult:
     """Log-odds of every target in one pass over the vocabulary: 2 T·D·V operations, 4 with ``unit``.
 
     With ``unit`` the pass also forms ``g_t = dm_t/dh_t = slope_y W[y] - sum_v softmax_v slope_v W[v]``, sums being
     rescaled whenever a slab raises the running maximum. A backward is then ``c_t g_t``.
+
+    With ``keep`` it keeps the softmax weights of as many columns as ``tiling.kept_bytes`` hold, so that a backward need
+    not form their logits again.
     """
     tokens, hidden_size = hidden_TD.shape
     state = FoldState.empty(tokens, hidden_TD, tiling.sum_dtype, statistics)
     unit_TD = hidden_TD.new_empty((tokens, hidden_size), dtype=tiling.sum_dtype) if unit else None
-    if tiling.fused:
-        _fold_products(hidden_TD, head, target_T, tiling, state)
-    else:
-        _fold_tiles(hidden_TD, head, target_T, tiling, state, unit_TD)
+    columns = kept_columns(tiling.kept_bytes, tokens, head.vocab_size, tiling.block_vocab, tiling.dtype) if keep else 0
+    kept = Kept.empty(hidden_TD, columns, tiling.block_vocab, tiling.sum_dtype) if columns else None
+    # Softmax weights that are to be kept have to be in memory; a kernel that fuses serves the columns after them.
+    in_tiles = columns if tiling.fused else head.vocab_size
+    if in_tiles:
+        _fold_tiles(hidden_TD, head, target_T, tiling, state, in_tiles, unit_TD, kept)
+    if in_tiles < head.vocab_size:
+        _fold_products(hidden_TD, head, target_T, tiling, state, start=in_tiles)
     lse_others = state.lse_others
     logodds = state.target_logit - lse_others
     return LogoddsResult(
@@ -157,18 +187,25 @@ def logodds_forward(
         lse_others.squeeze(1),
         unit_TD,
         _statistics(state, target_T, head) if statistics else None,
+        kept,
     )
 
 
 def _fold_products(
-    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, state: FoldState, top: TopKState | None = None
+    hidden_TD: Tensor,
+    head: Head,
+    target_T: Tensor,
+    tiling: Tiling,
+    state: FoldState,
+    top: TopKState | None = None,
+    start: int = 0,
 ) -> None:
-    """Products and folds in one kernel, and the largest logits if asked for. There is no tile to be bounded, and slabs
-    only of a weight that is cast."""
+    """Products and folds in one kernel, and the largest logits if asked for, from a column on. There is no tile to be
+    bounded, and slabs only of a weight that is cast."""
     ops = tiling.fused_ops(head)
     if head.weight_VD.dtype == tiling.dtype:
         tiling = replace(tiling, block_vocab=head.vocab_size)
-    for slab in _slabs(head, tiling):
+    for slab in _slabs(head, tiling, start):
         factors = (hidden_TD, slab.weight_ND, slab.bias_N, target_T.unsqueeze(1), slab.start, state)
         if top is None:
             ops.fold_product(*factors)
@@ -177,17 +214,29 @@ def _fold_products(
 
 
 def _fold_tiles(
-    hidden_TD: Tensor, head: Head, target_T: Tensor, tiling: Tiling, state: FoldState, unit_TD: Tensor | None
+    hidden_TD: Tensor,
+    head: Head,
+    target_T: Tensor,
+    tiling: Tiling,
+    state: FoldState,
+    stop: int,
+    unit_TD: Tensor | None,
+    kept: Kept | None,
 ) -> None:
-    """A product into a tile of memory, then its fold; where it is asked for, the unit gradient."""
+    """A product into a tile of memory, then its fold, up to a column; where it is asked for, the unit gradient, or the
+    softmax weights for a backward."""
     tokens = len(hidden_TD)
     ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=unit_TD is not None)
     for rows in _blocks(tokens, tiling.block_tokens):
         block = _rows_of(state, rows)
         mean_weight_TD: Tensor | None = None
         target_T1 = target_T[rows].unsqueeze(1)
-        for slab in _slabs(head, tiling):
+        for slab in _slabs(head, tiling, stop=stop):
             logits_TN = tile.logits_TN(hidden_TD[rows], slab, ops)
+            if kept is not None and slab.start < kept.columns:
+                ops.fold(logits_TN, target_T1, slab.start, block, kept.slab(slab.start)[rows])
+                kept.max_of(slab.start)[rows] = block.max
+                continue
             if unit_TD is None:
                 ops.fold(logits_TN, target_T1, slab.start, block)
                 continue
@@ -203,6 +252,66 @@ def _fold_tiles(
             _finish_unit_(mean_weight_TD, block, hidden_TD[rows], head, target_T[rows])
 
 
+@dataclass(frozen=True)
+class HeadGradients:
+    """Where the gradients of weight and bias are written; None for one that nobody needs.
+
+    ``accumulate``: they are added to what is there, rather than written over it.
+    """
+
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+    accumulate: bool
+
+    @classmethod
+    def of_one_sweep(cls, head: Head, *, need_weight: bool, need_bias: bool) -> HeadGradients:
+        """Memory for the gradients of one backward, each entry to be rounded once from its sum."""
+        return cls._of(torch.empty_like, head, need_weight, need_bias)
+
+    @classmethod
+    def zeros(cls, head: Head, dtype: torch.dtype | None, *, need_weight: bool, need_bias: bool) -> HeadGradients:
+        """Zeros to add to: in the dtype of sums for several backwards, or in weight's and bias's own (None) for one
+        that does not reach every entry."""
+        return cls._of(torch.zeros_like, head, need_weight, need_bias, dtype, accumulate=True)
+
+    @classmethod
+    def _of(
+        cls,
+        make: Callable[..., Tensor],
+        head: Head,
+        need_weight: bool,
+        need_bias: bool,
+        dtype: torch.dtype | None = None,
+        accumulate: bool = False,
+    ) -> HeadGradients:
+        weight_VD, bias_V = head.weight_VD, head.bias_V
+        return cls(
+            make(weight_VD, dtype=dtype, memory_format=torch.contiguous_format) if need_weight else None,
+            make(bias_V, dtype=dtype) if need_bias and bias_V is not None else None,
+            accumulate,
+        )
+
+    def zero_(self) -> None:
+        """No gradient after all."""
+        for gradient in (self.weight_VD, self.bias_V):
+            if gradient is not None:
+                gradient.zero_()
+
+    def rounded(self, head: Head) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias in their dtypes."""
+        bias_V = None if self.bias_V is None or head.bias_V is None else self.bias_V.to(head.bias_V.dtype)
+        return None if self.weight_VD is None else self.weight_VD.to(head.weight_VD.dtype), bias_V
+
+    def put(self, gradient: Tensor, start: int, columns: Tensor | None, sums: Tensor) -> None:
+        """Write or add the sums of consecutive columns from ``start`` on, or of a choice of ``columns`` after it."""
+        if columns is not None:
+            gradient.index_add_(0, columns + start, sums.to(gradient.dtype))
+        elif self.accumulate:
+            gradient[start : start + len(sums)] += sums
+        else:
+            gradient[start : start + len(sums)] = sums
+
+
 def logodds_backward(
     coef_T: Tensor,
     hidden_TD: Tensor,
@@ -212,21 +321,28 @@ def logodds_backward(
     tiling: Tiling,
     *,
     need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``sum_t coef_t m_t`` with respect to hidden, weight and bias; logits are formed again, 2 T·D·V each.
+    into: HeadGradients,
+    kept: Kept | None = None,
+    mass_tol_T1: Tensor | None = None,
+) -> BackwardResult:
+    """Gradients of ``sum_t coef_t m_t`` with respect to hidden, weight and bias: 4 T·D·V operations, and 2 for logits
+    that are formed again, which those of ``kept`` are not.
 
     Slabs of the vocabulary outside, all tokens inside: a slab's weight gradient is finished in one sweep, summed in
     float32 and written once, with no float32 copy of ``[V, D]``.
+
+    Args:
+        into: where the gradients of weight and bias go.
+        kept: of the forward, for these tokens.
+        mass_tol_T1: leave out kept columns that together hold no more than this of a token's softmax over the others,
+            for every token. Needs ``into.accumulate``.
     """
     tokens, hidden_size = hidden_TD.shape
-    weight_VD, bias_V = head.weight_VD, head.bias_V
+    dweight_VD, dbias_V = into.weight_VD, into.bias_V
     if tokens == 0:
-        zeros = hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype)
-        return zeros, torch.zeros_like(weight_VD), None if bias_V is None else torch.zeros_like(bias_V)
-    dweight_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
-    dbias_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
+        if not into.accumulate:
+            into.zero_()
+        return BackwardResult(hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype), None)
     coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
     unscale: Tensor | None = None
     if tiling.dtype == torch.float16:
@@ -241,33 +357,111 @@ def logodds_backward(
     target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
     dhidden_TD = target.weight_TD.mul_(target_coef_T1) if need_hidden else None
     ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=True)
+    lse_others_T1 = lse_others_T.unsqueeze(1)
+    active = None
+    if kept is not None and mass_tol_T1 is not None:
+        active = active_columns(kept, lse_others_T1, target_T, mass_tol_T1, ops)
     sums_ND = hidden_TD.new_empty((min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype)
     for slab in _slabs(head, tiling):
-        columns = slice(slab.start, slab.start + len(slab.weight_ND))
+        is_kept = kept is not None and slab.start < kept.columns
+        columns = active.of(slab.start) if active is not None and is_kept else None
+        if columns is not None:
+            if len(columns) == 0:
+                continue
+            slab = slab.select(columns)
         dweight_ND = sums_ND[: len(slab.weight_ND)]
         dbias_N = hidden_TD.new_zeros(len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
             block_TD = hidden_TD[rows]
             grad_TN = tile.factors_TN(len(block_TD), len(slab.weight_ND))
-            of_rows = (target_T[rows].unsqueeze(1), slab.start, lse_others_T[rows].unsqueeze(1), coef_T1[rows], grad_TN)
-            if tiling.fused:
-                tiling.fused_ops(head).grad_product(block_TD, slab.weight_ND, slab.bias_N, *of_rows)
+            if is_kept:
+                assert kept is not None
+                weights_TN = kept.take(slab.start, rows, columns, grad_TN)
+                scale_rows(weights_TN, kept.factor(slab.start, rows, lse_others_T1[rows]) * -coef_T1[rows], grad_TN)
             else:
-                ops.grad(tile.logits_TN(block_TD, slab, ops), *of_rows)
+                of_rows = (target_T[rows].unsqueeze(1), slab.start, lse_others_T1[rows], coef_T1[rows], grad_TN)
+                if tiling.fused:
+                    tiling.fused_ops(head).grad_product(block_TD, slab.weight_ND, slab.bias_N, *of_rows)
+                else:
+                    ops.grad(tile.logits_TN(block_TD, slab, ops), *of_rows)
             if dhidden_TD is not None:
                 ops.product(dhidden_TD[rows], grad_TN, slab.weight_ND, accumulate=True)
-            _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows])
+            if dweight_VD is None and dbias_V is None:
+                continue
+            _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows], columns)
             if dweight_VD is not None:
                 ops.product(dweight_ND, grad_TN.t(), block_TD, accumulate=rows.start > 0)
             if dbias_V is not None:
                 dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
         if dweight_VD is not None:
-            dweight_VD[columns] = dweight_ND if unscale is None else dweight_ND.mul_(unscale)
+            into.put(dweight_VD, slab.start, columns, dweight_ND if unscale is None else dweight_ND.mul_(unscale))
         if dbias_V is not None:
-            dbias_V[columns] = dbias_N if unscale is None else dbias_N.mul_(unscale)
+            into.put(dbias_V, slab.start, columns, dbias_N if unscale is None else dbias_N.mul_(unscale))
     if dhidden_TD is not None and unscale is not None:
         dhidden_TD *= unscale
-    return dhidden_TD, dweight_VD, dbias_V
+    return BackwardResult(dhidden_TD, None if active is None else active.share)
+
+
+def grouped(
+    hidden_TD: Tensor,
+    head: Head,
+    target_T: Tensor,
+    parts: Sequence[slice],
+    coefficients: Callable[[slice, LogoddsResult], Tensor],
+    tiling: Tiling,
+    *,
+    statistics: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    mass_tol: float = 0.0,
+) -> GroupedResult:
+    """Forward and backward of one part of the tokens after the other: 6 T·D·V operations for as much as
+    ``tiling.kept_bytes`` hold of a part's softmax weights, 8 for the rest; 4 of them are only for tokens whose
+    coefficient is not 0.
+
+    Args:
+        parts: consecutive slices of the tokens, all of them.
+        coefficients: a part and its forward -> ``dL/dm``, ``[T]`` of the part.
+        mass_tol: see :func:`logodds_backward`; here a share of the whole softmax, the target included.
+    """
+    needed = {"need_weight": need_weight, "need_bias": need_bias}
+    if len(parts) > 1:
+        into = HeadGradients.zeros(head, tiling.sum_dtype, **needed)
+    elif mass_tol > 0:
+        into = HeadGradients.zeros(head, None, **needed)
+    else:
+        into = HeadGradients.of_one_sweep(head, **needed)
+    dhidden_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=tiling.sum_dtype) if need_hidden else None
+    active_shares = []
+    for part in parts:
+        forward = logodds_forward(
+            hidden_TD[part], head, target_T[part], tiling, unit=False, statistics=statistics, keep=True
+        )
+        coef_T = coefficients(part, forward)
+        live = Counted.where(coef_T != 0, compact=True)
+        others_T1 = torch.sigmoid(-live.gather(forward.logodds)).unsqueeze(1)
+        backward = logodds_backward(
+            live.gather(coef_T),
+            live.gather(hidden_TD[part]),
+            head,
+            live.gather(target_T[part]),
+            live.gather(forward.lse_others),
+            tiling,
+            need_hidden=need_hidden,
+            into=into,
+            kept=None if forward.kept is None else forward.kept.of(live.rows),
+            mass_tol_T1=mass_tol / others_T1 if mass_tol > 0 else None,
+        )
+        if dhidden_TD is not None and backward.hidden_TD is not None:
+            if live.rows is None:
+                dhidden_TD[part] = backward.hidden_TD
+            else:
+                dhidden_TD[part].index_copy_(0, live.rows, backward.hidden_TD)
+        if backward.active_share is not None:
+            active_shares.append(backward.active_share)
+        del forward, backward  # their memory is the next part's
+    return GroupedResult(dhidden_TD, *into.rounded(head), torch.stack(active_shares).mean() if active_shares else None)
 
 
 def cringe_forward(
@@ -382,23 +576,28 @@ class _Slab:
     weight_ND: Tensor
     bias_N: Tensor | None
 
+    def select(self, columns: Tensor) -> _Slab:
+        """Some of the columns, which then are no longer consecutive."""
+        bias_N = None if self.bias_N is None else self.bias_N.index_select(0, columns)
+        return _Slab(self.start, self.weight_ND.index_select(0, columns), bias_N)
 
-def _slabs(head: Head, tiling: Tiling) -> Iterator[_Slab]:
+
+def _slabs(head: Head, tiling: Tiling, start: int = 0, stop: int | None = None) -> Iterator[_Slab]:
     """Slab after slab; a weight of another dtype is cast into memory that the next slab overwrites."""
     cast: Tensor | None = None
     if head.weight_VD.dtype != tiling.dtype:
         shape = (min(tiling.block_vocab, head.vocab_size), head.weight_VD.shape[1])
         cast = torch.empty(shape, dtype=tiling.dtype, device=head.weight_VD.device)
-    for columns in _blocks(head.vocab_size, tiling.block_vocab):
+    for columns in _blocks(head.vocab_size if stop is None else stop, tiling.block_vocab, start):
         weight_ND = head.weight_VD[columns]
         if cast is not None:
             weight_ND = cast[: len(weight_ND)].copy_(weight_ND)
         yield _Slab(columns.start, weight_ND, None if head.bias_V is None else head.bias_V[columns])
 
 
-def _blocks(length: int, step: int) -> Iterator[slice]:
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+def _blocks(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
 
 
 def _rows_of(state: FoldState, rows: slice) -> FoldState:
@@ -419,13 +618,19 @@ def _finish_unit_(mean_weight_TD: Tensor, state: FoldState, hidden_TD: Tensor, h
         mean_weight_TD.mul_(head.transform.slope)
 
 
-def _set_target_(grad_TN: Tensor, target_T: Tensor, vocab_start: int, coef_T1: Tensor) -> None:
-    """Write the target's entry into every row whose target lies in this slab.
+def _set_target_(
+    grad_TN: Tensor, target_T: Tensor, vocab_start: int, coef_T1: Tensor, chosen: Tensor | None = None
+) -> None:
+    """Write the target's entry into every row whose target lies in this slab, or among its ``chosen`` columns.
 
     Through flat positions: ``scatter_`` would make a float32 copy of a whole 16-bit tile.
     """
     tokens, columns = grad_TN.shape
-    column, inside = locate(target_T, vocab_start, columns)
+    if chosen is None:
+        column, inside = locate(target_T, vocab_start, columns)
+    else:
+        column = torch.searchsorted(chosen, target_T - vocab_start).clamp_(max=columns - 1)
+        inside = chosen[column] == target_T - vocab_start
     position = torch.arange(tokens, device=grad_TN.device) * columns + column
     flat = grad_TN.view(-1)
     entry = torch.where(inside, coef_T1.squeeze(1).to(grad_TN.dtype), flat[position])

@@ -22,6 +22,7 @@ from fastd2o.ops.checks import (
     choose_plan,
 )
 from fastd2o.ops.counted import Counted
+from fastd2o.ops.kept import Kept
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 
@@ -39,6 +40,12 @@ class HeadOptions(TypedDict, total=False):
     ignore_index: int
     backend: str | None
     plan: Plan | None
+
+
+class LogprobOptions(HeadOptions, total=False):
+    """Those of :func:`linear_logprob` and :func:`linear_logodds`."""
+
+    memory_budget: int | float | None
 
 
 class LogprobOutput(NamedTuple):
@@ -69,19 +76,19 @@ class LogoddsOutput(NamedTuple):
 
 @overload
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[LogprobOptions]
 ) -> Tensor: ...
 
 
 @overload
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[LogprobOptions]
 ) -> LogprobOutput: ...
 
 
 @overload
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[LogprobOptions]
 ) -> Tensor | LogprobOutput: ...
 
 
@@ -97,6 +104,7 @@ def linear_logprob(
     ignore_index: int = -100,
     backend: str | None = None,
     plan: Plan | None = None,
+    memory_budget: int | float | None = None,
     stats: bool = False,
 ) -> Tensor | LogprobOutput:
     """Log-probability of every target under ``softmax(softcap(logit_scale * (hidden @ weight.T + bias)) /
@@ -118,6 +126,10 @@ def linear_logprob(
         ignore_index: targets with this value are neither projected nor scored.
         backend: "torch" | "cpu" | "triton" | "cuda", or None for the best that works (see :func:`fastd2o.backends`).
         plan: overrides the engine's choice of algorithm and tile.
+        memory_budget: with a trained head, memory beyond inputs, results and gradients that the call may take from its
+            forward to its backward, to keep softmax weights in: 2 T·D·V operations less where they fit whole, T·V times
+            the size of the products' dtype, and a part of that where a part fits. An int: bytes; a float up to 1: a
+            share of what is free on the device now; None: nothing is kept. Not together with ``plan``, which says it.
         stats: also return entropy, most likely token and mean logit of every token, from the same pass.
 
     Returns:
@@ -138,6 +150,7 @@ def linear_logprob(
         ignore_index=ignore_index,
         backend=backend,
         plan=plan,
+        memory_budget=memory_budget,
         stats=stats,
     )
     logodds, *others = result if isinstance(result, tuple) else (result,)
@@ -147,19 +160,19 @@ def linear_logprob(
 
 @overload
 def linear_logodds(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[False] = False, **options: Unpack[LogprobOptions]
 ) -> Tensor: ...
 
 
 @overload
 def linear_logodds(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: Literal[True], **options: Unpack[LogprobOptions]
 ) -> LogoddsOutput: ...
 
 
 @overload
 def linear_logodds(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[HeadOptions]
+    hidden: Tensor, weight: Tensor, target: Tensor, *, stats: bool, **options: Unpack[LogprobOptions]
 ) -> Tensor | LogoddsOutput: ...
 
 
@@ -175,6 +188,7 @@ def linear_logodds(
     ignore_index: int = -100,
     backend: str | None = None,
     plan: Plan | None = None,
+    memory_budget: int | float | None = None,
     stats: bool = False,
 ) -> Tensor | LogoddsOutput:
     """Log-odds of every target, ``m = log p - log(1 - p) = z_y - logsumexp_{v != y} z_v``; arguments as
@@ -191,8 +205,8 @@ def linear_logodds(
     check_transform(logit_scale, softcap, temperature)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = choose_plan(plan, backend, hidden, weight, bias)
-    logodds, _, _, entropy, top1, mean_logit = torch.ops.fastd2o.logodds(
+    chosen = choose_plan(plan, backend, hidden, weight, bias, memory_budget=memory_budget)
+    logodds, _, _, entropy, top1, mean_logit, _, _ = torch.ops.fastd2o.logodds(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -207,6 +221,7 @@ def linear_logodds(
         chosen.dtype,
         chosen.backend,
         chosen.fused,
+        chosen.kept_bytes,
         chosen.compact,
         stats,
     )
@@ -282,12 +297,14 @@ def _logodds_op(
     dtype: torch.dtype,
     backend: str,
     fused: bool,
+    kept_bytes: int,
     compact: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit; what was not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit, and the two tensors of
+    :class:`~fastd2o.ops.kept.Kept`; what was not asked for is empty."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
-    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused)
+    tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused, kept_bytes)
     counted = Counted.of_targets(target, weight.shape[0], ignore_index, compact)
     with without_autocast(hidden.device):
         result = engine.logodds_forward(
@@ -297,6 +314,7 @@ def _logodds_op(
             tiling,
             unit=algorithm == "unit",
             statistics=stats,
+            keep=algorithm == "recompute",
         )
 
     def scattered(values: Tensor | None) -> Tensor:
@@ -310,19 +328,26 @@ def _logodds_op(
         scattered(entropy),
         hidden.new_empty(0, dtype=torch.int64) if top1 is None else scattered(top1),
         scattered(mean_logit),
+        hidden.new_empty(0, dtype=dtype) if result.kept is None else result.kept.weights,
+        hidden.new_empty(0, dtype=tiling.sum_dtype) if result.kept is None else result.kept.max_ST1,
     )
 
 
 @_logodds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, algorithm, _, _, dtype, _, _, _, stats = options
+    *_, algorithm, _, _, dtype, _, _, kept_bytes, _, stats = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
         return hidden.new_empty(target.shape if wanted else (0,), dtype=kind)
 
     unit = hidden.new_empty(hidden.shape if algorithm == "unit" else (0,), dtype=sums)
-    return column(), column(), unit, column(stats), column(stats, torch.int64), column(stats)
+    kept, kept_max = hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=sums)
+    if kept_bytes and algorithm == "recompute":
+        # Of the tokens that count, which only a run knows.
+        size = torch.library.get_ctx().new_dynamic_size
+        kept, kept_max = kept.new_empty(size()), kept_max.new_empty(size(), size(), 1)
+    return column(), column(), unit, column(stats), column(stats, torch.int64), column(stats), kept, kept_max
 
 
 @torch.library.custom_op("fastd2o::logodds_backward", mutates_args=())
@@ -333,9 +358,12 @@ def _logodds_backward_op(
     bias: Tensor | None,
     target: Tensor,
     lse_others: Tensor,
+    kept: Tensor,
+    kept_max: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    ignore_index: int,
     block_tokens: int,
     block_vocab: int,
     dtype: torch.dtype,
@@ -349,19 +377,36 @@ def _logodds_backward_op(
     """Gradients of hidden, weight and bias for ``coef = dL/dm``; those not needed are empty."""
     # A coefficient of exactly 0 has no gradient to form, whether the token is ignored or the loss is flat there.
     counted = Counted.where(coef != 0, compact)
+    head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
+    into = engine.HeadGradients.of_one_sweep(head, need_weight=need_weight, need_bias=need_bias)
     with without_autocast(hidden.device):
-        gradients = engine.logodds_backward(
+        result = engine.logodds_backward(
             counted.gather(coef),
             counted.gather(hidden).to(dtype),
-            engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature)),
+            head,
             counted.gather(target),
             counted.gather(lse_others),
             engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
             need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            into=into,
+            kept=_kept_for(counted, kept, kept_max, block_vocab, target, ignore_index),
         )
-    return pack_gradients(gradients, hidden, counted)
+    return pack_gradients((result.hidden_TD, into.weight_VD, into.bias_V), hidden, counted)
+
+
+def _kept_for(
+    counted: Counted, weights: Tensor, max_ST1: Tensor, block_vocab: int, target: Tensor, ignore_index: int
+) -> Kept | None:
+    """What a forward kept, for the tokens of its backward."""
+    if weights.numel() == 0:
+        return None
+    tokens = max_ST1.shape[1]
+    kept = Kept(weights, max_ST1, weights.numel() // tokens, block_vocab)
+    if tokens == len(target):
+        return kept.of(counted.rows)
+    # The forward left out the ignored tokens: a token's place is the number of those that count before it.
+    place = (target != ignore_index).cumsum(0) - 1
+    return kept.of(counted.gather(place))
 
 
 def pack_gradients(
@@ -390,17 +435,18 @@ def empty_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-7]
-    _, lse_others, unit, *_ = output
+    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-8]
+    _, lse_others, unit, *_, kept, kept_max = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.algorithm, ctx.ignore_index, ctx.hidden_dtype = algorithm, ignore_index, hidden.dtype
-    ctx.options = (*scalars, *inputs[-7:-1])
+    block_tokens, block_vocab, dtype, backend, fused, _, compact, _ = inputs[-8:]
+    ctx.options = (*scalars, ignore_index, block_tokens, block_vocab, dtype, backend, fused, compact)
     # With a frozen head the unit gradient replaces hidden: neither it nor the weight is needed again.
     if algorithm == "unit":
         ctx.save_for_backward(target, unit)
     else:
-        ctx.save_for_backward(target, hidden, weight, bias, lse_others)
+        ctx.save_for_backward(target, hidden, weight, bias, lse_others, kept, kept_max)
 
 
 def check_differentiated_once() -> None:
@@ -414,7 +460,7 @@ def check_differentiated_once() -> None:
 
 def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 12
+    no_gradient = (None,) * 13
     if grad_logodds is None:
         return (None, None, None, None, *no_gradient)
     target, *saved = ctx.saved_tensors
@@ -423,9 +469,9 @@ def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor |
     if ctx.algorithm == "unit":
         (unit,) = saved
         return ((unit * coef.unsqueeze(1)).to(ctx.hidden_dtype), None, None, None, *no_gradient)
-    hidden, weight, bias, lse_others = saved
+    hidden, weight, bias, *of_forward = saved
     need = ctx.needs_input_grad[:3]
-    gradients = torch.ops.fastd2o.logodds_backward(coef, hidden, weight, bias, target, lse_others, *ctx.options, *need)
+    gradients = torch.ops.fastd2o.logodds_backward(coef, hidden, weight, bias, target, *of_forward, *ctx.options, *need)
     return (*(g if n else None for g, n in zip(gradients, need, strict=True)), None, *no_gradient)
 
 

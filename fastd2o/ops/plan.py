@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastd2o.ops.backends import fuses, resolve, tile_dtype
+from fastd2o.ops.budget import resolve_budget
 from fastd2o.ops.torch_tile_ops import band_elements
 
-Algorithm = Literal["forward", "unit", "recompute", "cringe"]
+Algorithm = Literal["forward", "unit", "recompute", "grouped", "cringe"]
 
 # What each algorithm is, and how many multiples of T·D·V its matrix products cost.
 _ALGORITHMS: dict[str, tuple[str, int]] = {
     "forward": ("forward only (no gradient)", 2),
     "unit": ("unit gradient (frozen head)", 4),
     "recompute": ("recompute (trained head)", 8),
+    "grouped": ("grouped (trained head, losses of groups)", 8),
     "cringe": ("forward, sparse backward (Cringe)", 2),
 }
 
@@ -32,6 +34,10 @@ _BAND_COPIES = 6
 _PACKED_BYTES = 4 << 20
 # Bytes at most of what the splits of a fused kernel leave to be merged.
 _PARTIAL_BYTES = 16 << 20
+# Bytes that the grouped algorithm may take when nobody says how many.
+DEFAULT_BUDGET = 1 << 30
+# Parts of fewer tokens than this add to the weight's gradient too often.
+_LEAST_PART_TOKENS = 512
 # Bytes of gathered rows that are summed at once in Cringe's gradient of the weight.
 GATHER_BYTES = 32 << 20
 
@@ -44,7 +50,10 @@ class Plan:
     Attributes:
         algorithm: ``"forward"``, no gradient: 2 T·D·V. ``"unit"``, head frozen: the gradient of every token's log-odds
             is formed in the forward, 4 T·D·V. ``"recompute"``, head trained: logits are formed again in the backward,
-            8 T·D·V. ``"cringe"``: :func:`fastd2o.linear_cringe`, 2 T·D·V.
+            8 T·D·V less 2 for the share of the vocabulary that is kept. ``"grouped"``, head trained and the loss one of
+            groups (:func:`fastd2o.linear_preference_loss`): forward and backward of a part of the groups after the
+            other, within the forward, 6 T·D·V where a part's softmax weights can be kept whole. ``"cringe"``:
+            :func:`fastd2o.linear_cringe`, 2 T·D·V.
         tokens: T, the most tokens the call can project (those that are ignored are not).
         hidden_size: D.
         vocab_size: V.
@@ -59,6 +68,10 @@ class Plan:
         compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
             forward and once a backward. False: nothing waits, and all tokens are projected. While a CUDA graph is
             captured, which cannot hold a wait, it is taken as False.
+        kept_bytes: what the softmax weights may take that are kept between a forward and its backward, in the dtype of
+            the products, so that as many logits need not be formed again: of a call, or of a part.
+        part_tokens: ``"grouped"``: tokens of one part; None: there is but one. A group is never split, so one that is
+            larger makes a part of its own, of which ``kept_bytes`` hold less than all.
     """
 
     algorithm: Algorithm
@@ -73,6 +86,8 @@ class Plan:
     backend: str = "torch"
     fused: bool = False
     compact: bool = True
+    kept_bytes: int = 0
+    part_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in _ALGORITHMS:
@@ -80,6 +95,10 @@ class Plan:
         for name in ("block_tokens", "block_vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
+        if self.kept_bytes < 0:
+            raise ValueError(f"plan.kept_bytes={self.kept_bytes} must not be negative")
+        if self.part_tokens is not None and self.part_tokens < 1:
+            raise ValueError(f"plan.part_tokens={self.part_tokens} must be at least 1, or None for one part")
         if self.fused and not fuses(self.backend, self.algorithm):
             raise ValueError(
                 f"plan.fused=True, but backend {self.backend!r} has no fused kernel for {self.algorithm!r}. Fix: "
@@ -94,9 +113,14 @@ class Plan:
         bias: Tensor | None = None,
         *,
         cringe: bool = False,
+        grouped: bool = False,
         backend: str | None = None,
+        memory_budget: int | float | None = None,
     ) -> Plan:
-        """The engine's own plan of a call on these tensors, under the gradient mode and autocast that are on."""
+        """The engine's own plan of a call on these tensors, under the gradient mode and autocast that are on.
+
+        ``cringe``, ``grouped``: of :func:`fastd2o.linear_cringe`, :func:`fastd2o.linear_preference_loss`.
+        """
         device = hidden.device.type
         dtype = hidden.dtype
         # As autocast does, it leaves float64 alone.
@@ -105,7 +129,7 @@ class Plan:
         algorithm: Algorithm = "cringe" if cringe else "forward"
         if torch.is_grad_enabled() and not cringe:
             if weight.requires_grad or (bias is not None and bias.requires_grad):
-                algorithm = "recompute"
+                algorithm = "grouped" if grouped else "recompute"
             elif hidden.requires_grad:
                 algorithm = "unit"
         return cls.choose(
@@ -117,6 +141,7 @@ class Plan:
             device=device,
             cast_weight=weight.dtype != dtype,
             backend=resolve(backend, device, dtype),
+            memory_budget=resolve_budget(memory_budget, hidden.device),
         )
 
     @classmethod
@@ -131,9 +156,14 @@ class Plan:
         device: str = "cpu",
         cast_weight: bool = False,
         backend: str | None = None,
+        memory_budget: int | None = None,
     ) -> Plan:
         """The engine's own choice of tile for a call of this shape. A backend that is named is taken at its word: plans
-        can be made for another machine."""
+        can be made for another machine.
+
+        ``memory_budget``: bytes beyond inputs, results and gradients that the call may take. ``"recompute"`` keeps
+        softmax weights with what is left of it (None: none), ``"grouped"`` also sums of several parts (None: 1 GiB).
+        """
         backend = backend or resolve(None, device, dtype)
         block_tokens = max(1, min(tokens, _BLOCK_TOKENS.get(device, _BLOCK_TOKENS["cuda"])))
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
@@ -141,7 +171,7 @@ class Plan:
         # With few tokens the tile is small however wide it is; what is then to be bounded is the slab of the weight.
         columns = min(columns, budget // (hidden_size * dtype.itemsize) if hidden_size else columns)
         columns = max(columns, _MIN_BLOCK_VOCAB) // 64 * 64
-        return cls(
+        plan = cls(
             algorithm=algorithm,
             tokens=tokens,
             hidden_size=hidden_size,
@@ -154,11 +184,48 @@ class Plan:
             backend=backend,
             fused=fuses(backend, algorithm),
         )
+        if algorithm == "grouped":
+            return plan._in_parts(DEFAULT_BUDGET if memory_budget is None else memory_budget)
+        if algorithm == "recompute" and memory_budget is not None:
+            return plan._keeping(memory_budget - plan.extra_bytes)
+        return plan
+
+    def _keeping(self, free: int) -> Plan:
+        """With so many bytes at most for kept softmax weights."""
+        return replace(self, kept_bytes=min(max(0, free), self.tokens * self._row_bytes))
+
+    def _in_parts(self, budget: int) -> Plan:
+        """All tokens at once if the budget lets them; else parts, which have to be summed, if that pays."""
+        whole = self._keeping(budget - self.extra_bytes)
+        if whole.kept_bytes == self.tokens * self._row_bytes:
+            return whole
+        parts = replace(self, part_tokens=_LEAST_PART_TOKENS)
+        part_tokens = (budget - parts.extra_bytes) // self._row_bytes
+        if part_tokens < _LEAST_PART_TOKENS:
+            return whole
+        return replace(parts, part_tokens=part_tokens, kept_bytes=part_tokens * self._row_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of one token's softmax weights."""
+        return self.vocab_size * self.dtype.itemsize
+
+    @property
+    def kept_columns(self) -> int:
+        """How many columns' softmax weights are kept for the backward, of all V."""
+        tokens = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
+        return kept_columns(self.kept_bytes, tokens, self.vocab_size, self.block_vocab, self.dtype)
+
+    @property
+    def flops_factor(self) -> float:
+        """Floating-point operations of the matrix products, forward and backward, in multiples of T·D·V."""
+        return _ALGORITHMS[self.algorithm][1] - 2 * self.kept_columns / self.vocab_size
 
     @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products, forward and backward."""
-        return _ALGORITHMS[self.algorithm][1] * self.tokens * self.hidden_size * self.vocab_size
+        formed_again = _ALGORITHMS[self.algorithm][1] * self.vocab_size - 2 * self.kept_columns
+        return formed_again * self.tokens * self.hidden_size
 
     @property
     def extra_bytes(self) -> int:
@@ -185,6 +252,10 @@ class Plan:
         total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
         if self.algorithm == "unit":
             return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
+        tokens = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
+        total += self.kept_columns * tokens * factor + -(-self.kept_columns // self.block_vocab) * tokens * sums
+        if self.part_tokens is not None and factor < sums and not self.cast_weight:
+            total += self.vocab_size * self.hidden_size * sums  # what the parts' gradients of the weight are added to
         # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
         return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)
 
@@ -201,12 +272,21 @@ class Plan:
         return _BAND_COPIES * min(band_elements(self.device), max(tokens, 1) * columns) * sums
 
     def __str__(self) -> str:
-        what, factor = _ALGORITHMS[self.algorithm]
+        what, _ = _ALGORITHMS[self.algorithm]
+        if self.part_tokens is not None:
+            what += f" in parts of {self.part_tokens} tokens"
         full = self.tokens * self.vocab_size * (2 * torch.float32.itemsize + self.dtype.itemsize)
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{what}, {factor} T·D·V; {self.tokens} tokens x {self.hidden_size} x {self.vocab_size} vocabulary in "
-            f"{dtype} on {self.device}, backend {self.backend}; tiles of {self.block_tokens} x {self.block_vocab}; "
+            f"{what}, {self.flops_factor:.3g} T·D·V; {self.tokens} tokens x {self.hidden_size} x {self.vocab_size} "
+            f"vocabulary in {dtype} on {self.device}, backend {self.backend}; tiles of {self.block_tokens} x "
+            f"{self.block_vocab}; "
             f"{self.flops / 1e12:.3g} TFLOP; at most {self.extra_bytes / 1e6:.0f} MB extra "
             f"(full logits: {full / 1e6:.0f} MB)"
         )
+
+
+def kept_columns(kept_bytes: int, tokens: int, vocab_size: int, block_vocab: int, dtype: torch.dtype) -> int:
+    """How many columns' softmax weights of so many tokens fit: whole slabs, or all."""
+    columns = kept_bytes // max(1, tokens * dtype.itemsize)
+    return vocab_size if columns >= vocab_size else columns // block_vocab * block_vocab

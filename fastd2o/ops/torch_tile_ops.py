@@ -202,6 +202,15 @@ class TorchTileOps:
         return None if self.transform.softcap is None else self.transform.bend(raw.to(self.dtype))
 
 
+def scale_rows(weights_TN: Tensor, scale_T1: Tensor, out_TN: Tensor) -> None:
+    """Write ``scale * weights``, rounded once, to ``out_TN``, which may be ``weights_TN`` itself. ``scale`` has the
+    dtype of sums."""
+    rows = len(weights_TN) if weights_TN.is_cuda else max(1, band_elements("cpu") // max(1, weights_TN.shape[1]))
+    for start in range(0, len(weights_TN), max(1, rows)):
+        band = slice(start, start + rows)
+        torch.mul(weights_TN[band], scale_T1[band], out=out_TN[band])
+
+
 def locate(target_T1: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
     """The target's column within the tile, clamped into it, and whether it really lies there."""
     column = target_T1 - vocab_start

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from fastd2o.ops.backends import check_backend
+from fastd2o.ops.budget import check_budget
 from fastd2o.training.objectives import OBJECTIVES, OPTIONS, Objective, find_objective
 
 
@@ -160,6 +161,27 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata={"help": "Backend of the fused head (see `fastd2o doctor`). Default: the best that works."},
     )
+    memory_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory that the fused head may take where it trains, to keep softmax weights between forward and "
+            "backward: bytes, or up to 1 a share of the free memory. Default: 1 GiB."
+        },
+    )
+    coefficient_tol: float = field(
+        default=0.0,
+        metadata={
+            "help": "Leave groups out of the gradient whose loss has no derivative larger than this by the log-odds of "
+            "any token (saturated ones). Default: only those that are exactly 0 cost nothing."
+        },
+    )
+    vocab_mass_tol: float = field(
+        default=0.0,
+        metadata={
+            "help": "Leave vocabulary columns out of the gradient that together hold no more than this of any token's "
+            "softmax. Default: none."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the run that output_dir holds."})
 
     # TrainingArguments with another default
@@ -241,6 +263,11 @@ class PreferenceConfig(TrainingArguments):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of: {', '.join(valid)}")
         check_backend(self.backend)
+        check_budget(self.memory_budget)
+        for name in ("coefficient_tol", "vocab_mass_tol"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ValueError(f"{name} is {value!r}, expected a number in [0, 1)")
         if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
             raise ValueError(
                 "ref_cache_dir is set, but nothing is precomputed. Fix: precompute_ref_log_probs=True as well"

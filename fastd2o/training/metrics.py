@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastd2o.training.objectives import Measure
+from fastd2o.training.scoring import Measure
 
 
 class Meter:

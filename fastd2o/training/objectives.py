@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastd2o import losses
 from fastd2o.data import Needs, PromptSuffix
-from fastd2o.training.scoring import UNITS, Scores, Wants
+from fastd2o.training.scoring import UNITS, Measure, Outcome, Scores, Wants
 
 if TYPE_CHECKING:
     from fastd2o.training.config import PreferenceConfig
@@ -27,20 +27,6 @@ if TYPE_CHECKING:
 
 ENTROPY = "entropy"
 """The metric that tells whether the statistics of tokens were measured."""
-
-
-class Measure(NamedTuple):
-    """A metric as a sum and its weight, so that micro-batches, logging windows and ranks add up exactly."""
-
-    total: Tensor
-    weight: Tensor
-
-
-class Outcome(NamedTuple):
-    """The loss of a batch, summed over its units and connected to the graph, and what to log of it."""
-
-    loss: Tensor
-    metrics: dict[str, Measure]
 
 
 Options = SimpleNamespace
@@ -71,6 +57,7 @@ class Objective:
         mismatches: whether each group comes with a completion under another prompt (KTO).
         cringe: whether the Cringe loss of the tokens of negatives is used.
         negative_gradient: whether the log-probabilities of negatives are differentiated, given the options.
+        separable: whether the loss is a sum over groups: not with a statistic of the batch in it (KTO).
         reward: [S] the implicit reward of each completion, or None.
     """
 
@@ -85,6 +72,7 @@ class Objective:
     mismatches: bool = False
     cringe: bool = False
     negative_gradient: Callable[[Options], bool] = lambda options: True
+    separable: bool = True
     reward: Callable[[Scores, Options], Tensor] | None = None
 
 
@@ -102,6 +90,7 @@ class Mixture:
         self.harmful_reference = any(objective.harmful_reference for objective in objectives)
         self.positives = any(objective.positives for objective in objectives)
         self.mismatches = any(objective.mismatches for objective in objectives)
+        self.separable = all(objective.separable for objective in objectives)
         self.needs = self._needs()
         self.wants = self._wants()
         self.prompt_suffix = self._prompt_suffix()
@@ -122,6 +111,11 @@ class Mixture:
                 metrics.update(_rewards(scores, objective.reward(scores, options).detach()))
                 break  # Names without an objective in them, as in TRL: the first one that has rewards gives them.
         return Outcome(total, metrics)
+
+    def unit_scale(self, counts: Tensor) -> Tensor:
+        """0-d: what :meth:`__call__` multiplies a group's own loss with, given the same ``counts``."""
+        shares = [weight / counts[UNITS.index(objective.unit)].clamp(min=1) for objective, _, weight in self.parts]
+        return torch.stack(shares).sum()
 
     def combine(self, part_losses: Mapping[str, float]) -> float:
         """The weighted loss from the mean of each part, under the names that :meth:`__call__` logs."""
@@ -502,6 +496,7 @@ _REGISTERED = (
         options={"beta": 0.1, "kto_desirable_weight": 1.0, "kto_undesirable_weight": 1.0},
         reference=True,
         mismatches=True,
+        separable=False,
         reward=_scaled_log_ratio,
     ),
     Objective(

@@ -6,7 +6,7 @@ S sequences (rows of the batch), L tokens, G groups, K positives in the largest 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
-from fastd2o.ops import linear_cringe, linear_logodds, shift_labels
+from fastd2o.ops import linear_cringe, linear_logprob, shift_labels
+from fastd2o.ops.grouped import Grouped, Part, linear_grouped
 
 IGNORED = -100
 UNITS = ("group", "sequence", "token")
@@ -60,8 +62,33 @@ class Batch:
         rows = self.negative | self.positive
         return torch.stack([rows.new_tensor(len(self.line), dtype=torch.int64), rows.sum(), (tokens * rows).sum()])
 
+    @cached_property
+    def group_of_rows(self) -> list[int]:
+        """The group of every row; a mismatch has none of its own and is put into the first."""
+        owner = self.labels.new_zeros(len(self.labels) + 1)
+        groups = torch.arange(len(self.line), device=owner.device)
+        owner[self.negative_row] = groups
+        owner[self.positive_rows] = groups[:, None].expand_as(self.positive_rows)
+        return owner[:-1].tolist()
+
+    def select(self, groups: range, rows: Tensor) -> Batch:
+        """Some of the groups, and their rows."""
+        some = slice(groups.start, groups.stop)
+        place = self.labels.new_full((len(self.labels) + 1,), -1)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return Batch(
+            input_ids=self.input_ids[rows],
+            attention_mask=self.attention_mask[rows],
+            labels=self.labels[rows],
+            negative_row=place[self.negative_row[some]],
+            positive_rows=place[self.positive_rows[some]],
+            line=self.line[some],
+            ref_logp=None if self.ref_logp is None else self.ref_logp[rows],
+            harmful_ref_logp=None if self.harmful_ref_logp is None else self.harmful_ref_logp[rows],
+        )
+
     def _rows(self, indices: Tensor) -> Tensor:
-        # Absent rows are -1: they land in a slot behind the last row.
+        # Absent rows are -1: they land in a slot behind the last row, here and above.
         return self.labels.new_zeros(len(self.labels) + 1).index_fill(0, indices, 1)[:-1].bool()
 
 
@@ -79,6 +106,20 @@ class Wants:
     cringe_k: int | None = None
     cringe_detach_positive: bool = False
     negative_gradient: bool = True
+
+
+class Measure(NamedTuple):
+    """A metric as a sum and its weight, so that micro-batches, logging windows and ranks add up exactly."""
+
+    total: Tensor
+    weight: Tensor
+
+
+class Outcome(NamedTuple):
+    """The loss of a batch, summed over its units and connected to the graph, and what to log of it."""
+
+    loss: Tensor
+    metrics: dict[str, Measure]
 
 
 class TokenStatistics(NamedTuple):
@@ -111,35 +152,6 @@ class TokenScores(NamedTuple):
     logodds: Tensor
     cringe: Tensor | None
     statistics: TokenStatistics | None
-
-
-def score(model: nn.Module, batch: Batch, wants: Wants, *, seed: str, statistics: bool) -> TokenScores:
-    """Run ``model`` (attached, however wrapped) over the batch, once.
-
-    The draws of the Cringe loss depend on ``seed`` and a row's dataset line alone, so that batching cannot change them.
-    ``statistics`` cost about half as much again as the rest of the fold.
-    """
-
-    def head(hidden: Tensor, weight: Tensor, **options: Any) -> TokenScores:
-        target = batch.target
-        cringe, cringe_logp = None, torch.zeros_like(target, dtype=torch.float32)
-        if wants.cringe_k is not None:
-            cringe, cringe_logp = _cringe(hidden, weight, batch, wants, seed, options)
-            if not wants.negative_gradient:
-                target = target.masked_fill(batch.negative[:, None], IGNORED)
-        known = target != IGNORED
-        result = linear_logodds(hidden, weight, target, stats=statistics, **options)
-        logodds, *others = result if isinstance(result, tuple) else (result,)
-        logp = torch.where(known, F.logsigmoid(logodds), cringe_logp)
-        return TokenScores(logp, logodds, cringe, TokenStatistics(known, *others) if statistics else None)
-
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, fused=head).head
-
-
-def sequence_logp(model: nn.Module, batch: Batch) -> Tensor:
-    """[S] without gradient: the log-probability of every completion under ``model``, summed over its tokens."""
-    with torch.no_grad():
-        return score(model, batch, Wants(), seed="", statistics=False).logp.sum(1)
 
 
 class ReferenceLogps(NamedTuple):
@@ -204,6 +216,167 @@ class Scores:
     def positives(self, rows: Tensor, fill: float = 0.0) -> Tensor:
         """[S] -> [G, K]: the values of each group's positives, ``fill`` where there is none."""
         return torch.where(self.positive_mask, rows[self.batch.positive_rows.clamp(min=0)], fill)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How much the fused head may take, and what it may leave out; see :func:`fastd2o.linear_preference_loss`.
+
+    Attributes:
+        memory_budget: bytes, a share of the free memory, or None for the default.
+        coefficient_tol: in units of a group's own loss.
+        vocab_mass_tol: share of a token's softmax.
+    """
+
+    memory_budget: float | None = None
+    coefficient_tol: float = 0.0
+    vocab_mass_tol: float = 0.0
+
+
+def score(
+    model: nn.Module,
+    batch: Batch,
+    wants: Wants,
+    objective: Callable[[Scores], Outcome],
+    *,
+    references: ReferenceLogps | None,
+    over_ranks: Callable[[Tensor], Tensor],
+    seed: str,
+    statistics: bool,
+    separable: bool,
+    unit_scale: Tensor | float = 1.0,
+    options: HeadOptions,
+) -> tuple[Outcome, Scores]:
+    """Run ``model`` (attached, however wrapped) over the batch, once: the objective of its scores, and those scores
+    without a gradient.
+
+    Where the head trains and the objective is ``separable``, a sum over groups, it is called with some of the groups at
+    a time, and gradients are formed group by group (:func:`fastd2o.ops.grouped.linear_grouped`); otherwise with all.
+
+    Args:
+        objective: scores -> loss and metrics, both sums.
+        references, over_ranks: of the scores.
+        seed: the draws of the Cringe loss depend on it and a row's dataset line alone, so that batching cannot change
+            them.
+        statistics: they cost about half as much again as the rest of the fold.
+        unit_scale: what the objective multiplies a group's own loss with.
+    """
+
+    def head(hidden: Tensor, weight: Tensor, **head_options: Any) -> tuple[Tensor, dict[str, Measure], Scores]:
+        target = batch.target
+        cringe, cringe_logp = None, torch.zeros_like(target, dtype=torch.float32)
+        if wants.cringe_k is not None:
+            cringe, cringe_logp = _cringe(hidden, weight, batch, wants, seed, head_options)
+            if not wants.negative_gradient:
+                target = target.masked_fill(batch.negative[:, None], IGNORED)
+        nothing = TokenScores(cringe_logp, cringe_logp, None, None)
+        parts = _Parts(Scores(batch, nothing, references, over_ranks), target, cringe_logp, objective)
+        result = linear_grouped(
+            hidden,
+            weight,
+            target,
+            torch.arange(len(target), device=target.device)[:, None].expand_as(target),
+            batch.group_of_rows,
+            parts,
+            groups=len(batch.line),
+            extra=() if cringe is None else (cringe,),
+            separable=separable,
+            memory_budget=options.memory_budget,
+            coefficient_tol=options.coefficient_tol * unit_scale,
+            vocab_mass_tol=options.vocab_mass_tol,
+            stats=statistics,
+            **head_options,
+        )
+        return result.loss, parts.metrics | _measured(result, options), parts.scores()
+
+    loss, metrics, scores = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, fused=head).head
+    return Outcome(loss, metrics), scores
+
+
+def sequence_logp(model: nn.Module, batch: Batch) -> Tensor:
+    """[S] without gradient: the log-probability of every completion under ``model``, summed over its tokens."""
+
+    def head(hidden: Tensor, weight: Tensor, **head_options: Any) -> Tensor:
+        return linear_logprob(hidden, weight, batch.target, **head_options).sum(1)
+
+    with torch.no_grad():
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, fused=head).head
+
+
+class _Parts:
+    """An objective as the loss of a part of the batch; it gathers what its parts leave behind.
+
+    Args:
+        whole: the scores of the batch, tokens still to come.
+        target: [S, L], that log-odds are formed of.
+        cringe_logp: [S, L], the log-probabilities of the other tokens.
+        objective: scores -> loss and metrics, both sums.
+    """
+
+    def __init__(
+        self, whole: Scores, target: Tensor, cringe_logp: Tensor, objective: Callable[[Scores], Outcome]
+    ) -> None:
+        self.whole, self.target, self.cringe_logp, self.objective = whole, target, cringe_logp, objective
+        self.metrics: dict[str, Measure] = {}
+        self._rows: list[Tensor] = []
+        self._tokens: list[TokenScores] = []
+
+    def __call__(self, part: Part) -> Tensor:
+        """The objective's loss of a part; its metrics are added up."""
+        whole = self.whole
+        if len(part.groups) == len(whole.batch.line):
+            rows = torch.arange(len(self.target), device=self.target.device)
+            scores = replace(whole, tokens=self._token_scores(part, slice(None)))
+        else:
+            rows = part.sequences
+            references = whole.references
+            scores = replace(
+                whole,
+                batch=whole.batch.select(part.groups, rows),
+                tokens=self._token_scores(part, rows),
+                references=None if references is None else ReferenceLogps(*(logps[rows] for logps in references)),
+            )
+        outcome = self.objective(scores)
+        for name, measure in outcome.metrics.items():
+            before = self.metrics.get(name, Measure(torch.zeros_like(measure.total), torch.zeros_like(measure.weight)))
+            self.metrics[name] = Measure(before.total + measure.total, before.weight + measure.weight)
+        self._rows.append(rows)
+        self._tokens.append(tree_map_only(Tensor, Tensor.detach, scores.tokens))
+        return outcome.loss
+
+    def scores(self) -> Scores:
+        """Those of the batch, without a gradient."""
+        order = torch.cat(self._rows).argsort()
+        tokens = tree_map(
+            lambda *fields: None if fields[0] is None else torch.cat(fields)[order], self._tokens[0], *self._tokens[1:]
+        )
+        return replace(self.whole, tokens=tokens)
+
+    def _token_scores(self, part: Part, rows: Tensor | slice) -> TokenScores:
+        """[S', L] of some rows."""
+
+        def grid(values: Tensor) -> Tensor:
+            flat = values.new_zeros(self.target.numel()).index_copy(0, part.tokens, values)
+            return flat.view(self.target.shape)[rows]
+
+        known = (self.target != IGNORED)[rows]
+        logodds = grid(part.logodds)
+        logp = torch.where(known, F.logsigmoid(logodds), self.cringe_logp[rows])
+        statistics = None if part.statistics is None else TokenStatistics(known, *map(grid, part.statistics))
+        return TokenScores(logp, logodds, part.extra[0][rows] if part.extra else None, statistics)
+
+
+def _measured(result: Grouped, options: HeadOptions) -> dict[str, Measure]:
+    """What the head left out of its gradients."""
+    metrics = {}
+    if result.plan.algorithm == "grouped" and options.coefficient_tol > 0:
+        metrics["head/skipped"] = Measure(
+            result.skipped.sum(), torch.full_like(result.skipped_bound, len(result.skipped))
+        )
+        metrics["head/skipped_bound"] = Measure(result.skipped_bound, torch.ones_like(result.skipped_bound))
+    if result.active_share is not None:
+        metrics["head/active_columns"] = Measure(result.active_share, torch.ones_like(result.active_share))
+    return metrics
 
 
 def _cringe(

@@ -50,7 +50,7 @@ from fastd2o.training.policy import (
     wrap_peft,
 )
 from fastd2o.training.references import References, find_references
-from fastd2o.training.scoring import UNITS, Batch, Scores, score
+from fastd2o.training.scoring import UNITS, Batch, HeadOptions, Scores, score
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -148,6 +148,7 @@ class PreferenceTrainer(Trainer):
             f"eval {name}": self._prepare(data, name, policy) for name, data in several.items() if data is not None
         }
 
+        self._head_options = HeadOptions(args.memory_budget, args.coefficient_tol, args.vocab_mass_tol)
         self._meter, self._eval_meter = Meter(), Meter()
         self._staging: Path | None = None
         self._resumed_from: Path | None = None
@@ -197,7 +198,7 @@ class PreferenceTrainer(Trainer):
         Args:
             model: the policy, wrapped or not.
             inputs: a batch of the collator.
-            return_outputs: also return the :class:`Scores`.
+            return_outputs: also return the :class:`Scores`, without a gradient.
             num_items_in_batch: [3] units of the window, from :meth:`_get_num_items_in_batch`; None: those of this
                 batch.
 
@@ -206,12 +207,20 @@ class PreferenceTrainer(Trainer):
         """
         batch = Batch(**inputs)
         counts = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else batch.counts()
-        tokens = score(
-            model, batch, self.mixture.wants, seed=self._seed(model), statistics=self._wants_statistics(model)
+        (loss, metrics), scores = score(
+            model,
+            batch,
+            self.mixture.wants,
+            lambda scores: self.mixture(scores, counts),
+            # Before the policy's forward: what that keeps for its backward is not there yet.
+            references=self.references(batch) if self.mixture.reference else None,
+            over_ranks=self._sum_over_ranks if model.training else lambda tensor: tensor,
+            seed=self._seed(model),
+            statistics=self._wants_statistics(model),
+            separable=self.mixture.separable,
+            unit_scale=self.mixture.unit_scale(counts),
+            options=self._head_options,
         )
-        reference = self.references(batch) if self.mixture.reference else None
-        scores = Scores(batch, tokens, reference, self._sum_over_ranks if model.training else lambda tensor: tensor)
-        loss, metrics = self.mixture(scores, counts)
         self._stop_if_not_finite(loss, scores)
         (self._meter if model.training else self._eval_meter).add(metrics)
         if model.training:
@@ -240,7 +249,7 @@ class PreferenceTrainer(Trainer):
         if torch.isfinite(loss):
             return
         batch = scores.batch
-        row_is_bad = ~torch.isfinite(scores.logp.detach())
+        row_is_bad = ~torch.isfinite(scores.logp)
         negative_is_bad = scores.negatives(row_is_bad) & (batch.negative_row >= 0)
         positive_is_bad = scores.positives(row_is_bad.float()).any(1)
         bad = batch.line[negative_is_bad | positive_is_bad]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastd2o import losses
-from fastd2o.losses.fused import _resolve_options
+from fastd2o.losses.fused import resolve_options
 from fastd2o.ops import native
 
 unavailable = native.unavailable("cpu")
@@ -463,7 +463,7 @@ def operator_arguments(case: Case, objective: str, options: dict[str, Any]) -> l
     inputs = case.inputs(objective)
     names = ("token_logp", "token_cringe", "sequence_start", "group_start", "positive", "ref_logp", "objective")
     tensors = [x.detach() if isinstance(x, Tensor) else x for x in map(inputs.get, names)]
-    return [*tensors, [float(value) for value in _resolve_options(objective, options).values()]]
+    return [*tensors, [float(value) for value in resolve_options(objective, options).values()]]
 
 
 MANY = make_case([[2, 9], [1], [33, 4, 5], [70] * 9, [3 + i % 40 for i in range(300)]], [0, 0, 2, 8, 150])
