@@ -49,7 +49,7 @@ BLOCK_TOKENS, BLOCK_VOCAB = 128, 256
 
 END = "<|end|>"
 CONTEXT = 128  # tokens that are predicted in one sequence
-BATCH = 32
+BATCH = 16
 PEAK_RATE, WARM_UP_STEPS = 2e-3, 40
 PIECE_CHARACTERS = 4000
 HELD_OUT_EVERY = 20

@@ -27,6 +27,7 @@ _SWEEPS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
     "forward": (("logits",),),
     "unit": (("logits", "dhidden"),),
     "recompute": (("logits",), ("logits", "dhidden", "dweight")),
+    "grouped": (("logits", "dhidden", "dweight"),),
     "cringe": (("logits",),),
 }
 

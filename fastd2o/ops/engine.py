@@ -529,19 +529,25 @@ def cringe_backward(
             need_bias=need_bias,
         )
     weight_VD, bias_V = head.weight_VD, head.bias_V
-    columns, coefs, dhidden_TD = [], [], None
-    for column_T, sign in ((target_T, 1.0), (positive_T, -1.0)):
-        if detach_positive and sign < 0:
-            continue
-        column = _Columns.of(head, column_T, hidden_TD)
-        coef_T1 = (sign * head.transform.slope * coef_T).unsqueeze(1)
-        if column.bend_T1 is not None:
-            coef_T1 = coef_T1 * column.bend_T1
-        columns.append(column_T)
-        coefs.append(coef_T1)
-        if need_hidden:
-            product_TD = column.weight_TD.mul_(coef_T1)
-            dhidden_TD = product_TD if dhidden_TD is None else dhidden_TD.add_(product_TD)
+    signs = ((target_T, 1.0),) if detach_positive else ((target_T, 1.0), (positive_T, -1.0))
+    columns = [column_T for column_T, _ in signs]
+    coefs = [torch.empty_like(coef_T).unsqueeze(1) for _ in signs]
+    dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
+    # Two gathered rows of the weight for each of some tokens, in the dtype of sums.
+    step = max(1, GATHER_BYTES // (2 * hidden_TD.shape[1] * tiling.sum_dtype.itemsize))
+    for rows in _blocks(len(target_T), step):
+        sums_TD: Tensor | None = None
+        for (column_T, sign), all_coef_T1 in zip(signs, coefs, strict=True):
+            column = _Columns.of(head, column_T[rows], hidden_TD[rows])
+            coef_T1 = (sign * head.transform.slope * coef_T[rows]).unsqueeze(1)
+            if column.bend_T1 is not None:
+                coef_T1 = coef_T1 * column.bend_T1
+            all_coef_T1[rows] = coef_T1
+            if need_hidden:
+                product_TD = column.weight_TD.mul_(coef_T1)
+                sums_TD = product_TD if sums_TD is None else sums_TD.add_(product_TD)
+        if dhidden_TD is not None and sums_TD is not None:
+            dhidden_TD[rows] = sums_TD
     dweight_VD = dbias_V = None
     if need_weight or need_bias:
         # E edges from tokens to columns, sorted by column: a segmented sum gives the same bits on every run, which

@@ -135,7 +135,7 @@ def linear_grouped(
     check_not_forward_mode(hidden, weight, bias, *extra)
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     target_T, hidden_TD = target.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
-    layout = _Layout.of(target_T, sequence.reshape(-1), group, groups, len(weight), ignore_index)
+    layout = Layout.of(target_T, sequence.reshape(-1), group, groups, len(weight), ignore_index)
     chosen = choose_plan(
         plan, backend, hidden_TD[: layout.tokens], weight, bias, grouped=True, memory_budget=memory_budget
     )
@@ -173,7 +173,7 @@ def _statistics(columns: list[Tensor]) -> engine.Statistics | None:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """The C tokens that count, sequence by sequence, group by group.
 
     Attributes:
@@ -203,7 +203,7 @@ class _Layout:
         groups: int,
         vocab_size: int,
         ignore_index: int,
-    ) -> _Layout:
+    ) -> Layout:
         tokens = check_targets(target_T, vocab_size, ignore_index)
         positions_C = (target_T != ignore_index).nonzero().squeeze(1)
         sequence_C = sequence_T[positions_C]
@@ -284,14 +284,14 @@ class _Layout:
 class _Skipping:
     """Which groups have coefficients too small to matter."""
 
-    layout: _Layout
+    layout: Layout
     tolerance_G: Tensor
     norm_bound: float
     skipped_G: Tensor
     bound: Tensor
 
     @classmethod
-    def empty(cls, layout: _Layout, tolerance: float | Tensor, transform: LogitTransform) -> _Skipping:
+    def empty(cls, layout: Layout, tolerance: float | Tensor, transform: LogitTransform) -> _Skipping:
         tolerance_G = torch.as_tensor(tolerance, dtype=torch.float32, device=layout.device).expand(len(layout.sizes))
         return cls(
             layout,
@@ -334,7 +334,7 @@ class _Call:
 
     head: engine.Head
     target_C: Tensor
-    layout: _Layout
+    layout: Layout
     loss: Callable[[Part], Tensor]
     plan: Plan
     skipping: _Skipping

@@ -243,8 +243,8 @@ class Plan:
         if self.algorithm == "forward":
             return total
         if self.algorithm == "cringe":
-            # Two rows of the weight per token, their products, and a block of what goes into the weight's gradient.
-            return total + self.tokens * self.hidden_size * (factor + 4 * sums) + 2 * GATHER_BYTES
+            # Two rows of the weight for each of some tokens, and a block of what goes into the weight's gradient.
+            return total + 3 * GATHER_BYTES
         if self.fused or logit != factor:
             total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
         elif self.dtype == torch.float16:  # backend torch on the CPU
