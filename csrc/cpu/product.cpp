@@ -278,6 +278,8 @@ void product_of(const Task<T>& task) {
   const bool direct = std::is_same_v<T, Factor> && left.column_stride == 1 && left.row_stride < kFar &&
                       terms % kPair<Factor> == 0;
   const int64_t padded = round_up(terms, kStep), steps = padded / kStep;
+  // A block that is turned in a buffer stays there for all of its terms; left has to be whole rows for that.
+  const int64_t span = direct && task.transposed ? std::max<int64_t>(terms, 1) : kDepth<Factor>;
   const int64_t panel_size = kPanel * padded, panels = round_up(columns, kPanel) / kPanel;
   const int64_t chunk_panels = std::clamp<int64_t>(kPackedBytes / (panel_size * sizeof(Factor)), 1, panels);
   const Tensor packed_memory = scratch(chunk_panels * panel_size * sizeof(Factor));
@@ -303,10 +305,11 @@ void product_of(const Task<T>& task) {
       for (int64_t piece = begin; piece < end; piece++) {
         const int64_t row = piece / groups * kRows, block_rows = std::min(kRows, rows - row);
         const int64_t first = piece % groups * group_panels, last = std::min(first + group_panels, here);
-        for (int64_t term = 0; term < terms; term += kDepth<Factor>) {
-          const int64_t depth = std::min(kDepth<Factor>, (direct ? terms : padded) - term);
-          if (!direct) pack_left<Factor>(left, row, block_rows, term, depth, packed_left);
+        for (int64_t term = 0; term < terms; term += span) {
+          const int64_t end_term = std::min(term + span, direct ? terms : padded);
+          if (!direct) pack_left<Factor>(left, row, block_rows, term, end_term - term, packed_left);
           const Factor* const block_left = direct ? reinterpret_cast<const Factor*>(left.at(row, term)) : packed_left;
+          const int64_t left_stride = direct ? left.row_stride : end_term - term;
           for (int64_t panel = first; panel < last; panel++) {
             const int64_t column = (start + panel) * kPanel, width = std::min(kPanel, columns - column);
             const Block block{task.out + row * task.out_row_stride + column * task.out_column_stride, block_rows, width,
@@ -323,8 +326,11 @@ void product_of(const Task<T>& task) {
             } else if (add && through_buffer) {
               block.read(buffer);
             }
-            multiply(block_rows, depth, block_left, direct ? left.row_stride : depth,
-                     packed + panel * panel_size + term * kPanel, sums, sums_stride, add || from_bias);
+            for (int64_t part = term; part < end_term; part += kDepth<Factor>) {
+              const int64_t depth = std::min(kDepth<Factor>, end_term - part);
+              multiply(block_rows, depth, block_left + (part - term), left_stride,
+                       packed + panel * panel_size + part * kPanel, sums, sums_stride, add || from_bias || part > term);
+            }
             if (through_buffer) block.write(buffer);
           }
         }

@@ -88,9 +88,9 @@ class PreferenceOutput(NamedTuple):
         sequence_logp: [S], nats, summed over the tokens that count.
         metrics: 0-d tensors by name: ``logps/chosen``, ``logps/rejected``; with ``ref_logp`` and a ``beta``,
             ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` and ``rewards/margins``, means over groups
-            that have both sides; ``skipped``, the share of groups without a gradient, and ``skipped_bound`` (see
-            ``coefficient_tol``); ``active_columns``, the share of the vocabulary that gradients were formed of, with
-            ``vocab_mass_tol``.
+            that have both sides. Where the gradient was formed in the forward also ``skipped``, the share of groups
+            without one, and ``skipped_bound`` (see ``coefficient_tol``), and with ``vocab_mass_tol``
+            ``active_columns``, the share of the vocabulary that gradients were formed of.
         plan: what was done.
     """
 
@@ -184,7 +184,7 @@ def linear_preference_loss(
             call,
             groups=call.groups.count,
             separable=separable,
-            coefficient_tol=coefficient_tol * call.scale_G,
+            coefficient_tol=coefficient_tol * call.scale_G if coefficient_tol > 0 else 0.0,
             vocab_mass_tol=vocab_mass_tol,
             **head,
         )
@@ -201,10 +201,10 @@ def linear_preference_loss(
         result = run(separable=False)
     dtype = result.loss.dtype
     group_loss, sequence_logp = call.group_loss.to(dtype), call.sequence_logp.to(dtype)
-    metrics = call.metrics() | {
-        "skipped": result.skipped.to(dtype).mean() if len(result.skipped) else result.loss.new_zeros(()),
-        "skipped_bound": result.skipped_bound,
-    }
+    metrics = call.metrics()
+    if result.plan.algorithm == "grouped":
+        metrics["skipped"] = result.skipped.to(dtype).sum() / max(1, len(result.skipped))
+        metrics["skipped_bound"] = result.skipped_bound
     if result.active_share is not None:
         metrics["active_columns"] = result.active_share
     return PreferenceOutput(result.loss, group_loss, sequence_logp, metrics, result.plan)

@@ -361,7 +361,13 @@ def logodds_backward(
     active = None
     if kept is not None and mass_tol_T1 is not None:
         active = active_columns(kept, lse_others_T1, target_T, mass_tol_T1, ops)
-    sums_ND = hidden_TD.new_empty((min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype)
+    # A gradient that has the dtype of sums and is written once is where they are summed.
+    in_place = (
+        not into.accumulate and unscale is None and dweight_VD is not None and dweight_VD.dtype == tiling.sum_dtype
+    )
+    sums_ND = hidden_TD.new_empty(
+        (0 if in_place else min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype
+    )
     for slab in _slabs(head, tiling):
         is_kept = kept is not None and slab.start < kept.columns
         columns = active.of(slab.start) if active is not None and is_kept else None
@@ -370,6 +376,8 @@ def logodds_backward(
                 continue
             slab = slab.select(columns)
         dweight_ND = sums_ND[: len(slab.weight_ND)]
+        if in_place and dweight_VD is not None:
+            dweight_ND = dweight_VD[slab.start : slab.start + len(slab.weight_ND)]
         dbias_N = hidden_TD.new_zeros(len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
             block_TD = hidden_TD[rows]
@@ -393,7 +401,7 @@ def logodds_backward(
                 ops.product(dweight_ND, grad_TN.t(), block_TD, accumulate=rows.start > 0)
             if dbias_V is not None:
                 dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
-        if dweight_VD is not None:
+        if dweight_VD is not None and not in_place:
             into.put(dweight_VD, slab.start, columns, dweight_ND if unscale is None else dweight_ND.mul_(unscale))
         if dbias_V is not None:
             into.put(dbias_V, slab.start, columns, dbias_N if unscale is None else dbias_N.mul_(unscale))
@@ -414,6 +422,7 @@ def grouped(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    compact: bool = True,
     mass_tol: float = 0.0,
 ) -> GroupedResult:
     """Forward and backward of one part of the tokens after the other: 6 T·D·V operations for as much as
@@ -423,6 +432,8 @@ def grouped(
     Args:
         parts: consecutive slices of the tokens, all of them.
         coefficients: a part and its forward -> ``dL/dm``, ``[T]`` of the part.
+        compact: wait for the device in every part to learn which coefficients are 0; if not, those tokens are multiplied
+            as well.
         mass_tol: see :func:`logodds_backward`; here a share of the whole softmax, the target included.
     """
     needed = {"need_weight": need_weight, "need_bias": need_bias}
@@ -439,7 +450,7 @@ def grouped(
             hidden_TD[part], head, target_T[part], tiling, unit=False, statistics=statistics, keep=True
         )
         coef_T = coefficients(part, forward)
-        live = Counted.where(coef_T != 0, compact=True)
+        live = Counted.where(coef_T != 0, compact)
         others_T1 = torch.sigmoid(-live.gather(forward.logodds)).unsqueeze(1)
         backward = logodds_backward(
             live.gather(coef_T),

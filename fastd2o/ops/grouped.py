@@ -62,8 +62,9 @@ class Grouped(NamedTuple):
 
     Attributes:
         loss: 0-d, the sum over the parts.
-        skipped: [G] bool, the groups whose every coefficient is at most ``coefficient_tol`` (exactly 0, without one).
-            Where the gradient is not formed in the forward, it and the next are filled in by the backward.
+        skipped: [G] bool, the groups whose every coefficient is at most ``coefficient_tol``, or exactly 0 without one.
+            Where the gradient is not formed in the forward it is filled in by the backward, if there is a tolerance;
+            so is the next.
         skipped_bound: 0-d, no less than the Frobenius norm of what was left out of the weight's gradient with them:
             ``sqrt(2) slope sum_t |coef_t| |h_t|``.
         active_share: 0-d, the share of kept columns that the gradients were formed of; None without ``vocab_mass_tol``.
@@ -109,7 +110,8 @@ def linear_grouped(
     (``Plan.algorithm`` is ``"grouped"``). Otherwise there is one part, of all groups, and autograd goes through
     :func:`fastd2o.linear_logodds`.
 
-    The host waits for the device: once to lay out the groups, and once or twice for every part.
+    The host waits for the device: to lay out the groups, and in every part, if ``plan.compact``, to know which
+    coefficients are 0.
 
     Args:
         hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend: as in
@@ -204,6 +206,11 @@ class Layout:
         vocab_size: int,
         ignore_index: int,
     ) -> Layout:
+        """That of target and sequence ``[T]``, given the group of every sequence.
+
+        Raises:
+            ValueError: a target or a sequence that counts is out of range.
+        """
         tokens = check_targets(target_T, vocab_size, ignore_index)
         positions_C = (target_T != ignore_index).nonzero().squeeze(1)
         sequence_C = sequence_T[positions_C]
@@ -282,49 +289,63 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Skipping:
-    """Which groups have coefficients too small to matter."""
+    """Which groups have coefficients too small to matter.
+
+    Attributes:
+        tolerance_G: [G]; None: only coefficients of exactly 0 do not matter, and products leave those out anyhow.
+        norm_bound: of a row of a gradient by the logits, over its coefficient.
+        skipped_G, bound: what was found.
+    """
 
     layout: Layout
-    tolerance_G: Tensor
+    tolerance_G: Tensor | None
     norm_bound: float
     skipped_G: Tensor
     bound: Tensor
 
     @classmethod
     def empty(cls, layout: Layout, tolerance: float | Tensor, transform: LogitTransform) -> _Skipping:
-        tolerance_G = torch.as_tensor(tolerance, dtype=torch.float32, device=layout.device).expand(len(layout.sizes))
+        groups = len(layout.sizes)
+        tolerance_G = None
+        if isinstance(tolerance, Tensor) or tolerance > 0:
+            tolerance_G = torch.as_tensor(tolerance, dtype=torch.float64, device=layout.device).expand(groups)
         return cls(
             layout,
             tolerance_G,
             math.sqrt(2) * abs(transform.slope),
-            torch.zeros_like(tolerance_G, dtype=torch.bool),
+            torch.zeros(groups, dtype=torch.bool, device=layout.device),
             torch.zeros((), dtype=torch.float64, device=layout.device),
         )
 
     def watch(self, loss: Tensor, logodds: Tensor, hidden_CD: Tensor) -> None:
         """Skip in the backward: tolerances are for the gradient of ``loss``, whatever its own gradient is."""
+        if self.tolerance_G is None:
+            return
         upstream = [loss.new_ones(())]
 
         def of_loss(gradient: Tensor) -> None:
             upstream[0] = gradient.abs()
 
         def of_logodds(gradient: Tensor) -> Tensor:
-            every = range(len(self.layout.sizes))
-            return self(every, gradient / upstream[0], hidden_CD) * upstream[0]
+            return self(range(len(self.layout.sizes)), gradient, hidden_CD, upstream[0])
 
         loss.register_hook(of_loss)
         logodds.register_hook(of_logodds)
 
-    def __call__(self, groups: range, coef_N: Tensor, hidden_ND: Tensor) -> Tensor:
-        """Coefficients of the tokens of these groups, with 0 for those of a group that is skipped."""
+    def __call__(self, groups: range, coef_N: Tensor, hidden_ND: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Coefficients of the tokens of these groups, times ``scale``, with 0 for those of a group that is skipped."""
         some = slice(groups.start, groups.stop)
         count_G = torch.tensor(self.layout.tokens_of_groups[some], device=coef_N.device)
         largest_G = torch.segment_reduce(coef_N.abs(), "max", lengths=count_G, initial=0.0, unsafe=True)
-        skipped_G = largest_G <= self.tolerance_G[some]
+        if self.tolerance_G is None:
+            self.skipped_G[some] = largest_G == 0
+            return coef_N
+        skipped_G = largest_G <= self.tolerance_G[some] * scale
         self.skipped_G[some] = skipped_G
         skipped_N = torch.repeat_interleave(skipped_G, count_G, output_size=len(coef_N))
         norm_N = hidden_ND.norm(dim=1, dtype=coef_N.dtype)
-        self.bound.add_(self.norm_bound * torch.where(skipped_N, coef_N.abs() * norm_N, 0.0).sum())
+        lost = torch.where(skipped_N, coef_N.abs() * norm_N, 0.0).sum()
+        self.bound.add_(self.norm_bound * torch.where(lost > 0, lost / scale, 0.0))
         return torch.where(skipped_N, 0.0, coef_N)
 
 
@@ -393,6 +414,7 @@ class _Call:
                 need_hidden=need_hidden,
                 need_weight=need_weight,
                 need_bias=need_bias,
+                compact=plan.compact,
                 mass_tol=self.vocab_mass_tol,
             )
         self.active_share = result.active_share

@@ -169,7 +169,9 @@ class Plan:
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
         columns = budget // (block_tokens * tile_dtype(dtype, device, backend).itemsize)
         # With few tokens the tile is small however wide it is; what is then to be bounded is the slab of the weight.
-        columns = min(columns, budget // (hidden_size * dtype.itemsize) if hidden_size else columns)
+        # Where the head trains, so are the sums of its gradient.
+        widest = max(dtype.itemsize, 4) if algorithm in ("recompute", "grouped") else dtype.itemsize
+        columns = min(columns, budget // (hidden_size * widest) if hidden_size else columns)
         columns = max(columns, _MIN_BLOCK_VOCAB) // 64 * 64
         plan = cls(
             algorithm=algorithm,

@@ -282,7 +282,7 @@ def score(
             extra=() if cringe is None else (cringe,),
             separable=separable,
             memory_budget=options.memory_budget,
-            coefficient_tol=options.coefficient_tol * unit_scale,
+            coefficient_tol=options.coefficient_tol * unit_scale if options.coefficient_tol > 0 else 0.0,
             vocab_mass_tol=options.vocab_mass_tol,
             stats=statistics,
             **head_options,

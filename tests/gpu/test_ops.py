@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastd2o
+from fastd2o import Groups
 from fastd2o.losses import GROUPED_OBJECTIVES, grouped_loss
 from fastd2o.ops.backends import supported
 from tests.ops.oracle import Case, make_case, relative_error, rms_error
@@ -217,6 +219,59 @@ def test_grouped_loss_matches_the_cpu(backend: str, objective: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     for found, expected in zip(ours, step("cpu", torch.float64, "torch"), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part_tokens", [None, 64])
+@pytest.mark.parametrize("mass_tol", [0.0, 1e-3])
+def test_preference_loss_matches_the_cpu(
+    backend: str, dtype: torch.dtype, part_tokens: int | None, mass_tol: float
+) -> None:
+    """One part and several, all of their softmax weights kept and a share of them; the same bits twice."""
+    case = make_case(tokens=320, hidden_size=64, vocab_size=9001, dtype=dtype)
+    groups = Groups(torch.arange(20) // 4, torch.arange(20) % 4 != 0)
+    ref_logp = torch.full((20,), -150.0)
+
+    def step(device: str, dtype: torch.dtype, backend: str) -> list[Tensor]:
+        hidden, weight = (t.detach().to(device, dtype).requires_grad_() for t in (case.hidden, case.weight))
+        plan = dataclasses.replace(
+            fastd2o.Plan.of(hidden, weight, grouped=True, backend=backend), part_tokens=part_tokens, block_vocab=2048
+        )
+        plan = dataclasses.replace(plan, kept_bytes=plan.kept_bytes if part_tokens is None else 64 * 4096 * 2)
+        out = fastd2o.linear_preference_loss(
+            hidden,
+            weight,
+            case.target.to(device),
+            (torch.arange(320) // 16).to(device),
+            Groups(groups.group.to(device), groups.positive.to(device)),
+            objective="d2o",
+            ref_logp=ref_logp.to(device),
+            plan=plan,
+            vocab_mass_tol=mass_tol if device == "cuda" else 0.0,
+        )
+        return [out.loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(out.loss, (hidden, weight)))]
+
+    ours, again = step("cuda", dtype, backend), step("cuda", dtype, backend)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    tolerance = (1e-5 if dtype == torch.float32 else 1e-2) + 10 * mass_tol
+    for found, expected in zip(ours, step("cpu", torch.float64, "torch"), strict=True):
+        assert rms_error(found, expected) <= tolerance
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_kept_softmax_weights_give_the_gradient(backend: str, share: float) -> None:
+    case = make_case(tokens=512, hidden_size=64, vocab_size=9001, dtype=torch.bfloat16)
+
+    def step(memory_budget: int | None) -> tuple[Tensor, ...]:
+        hidden, weight = (t.detach().cuda().requires_grad_() for t in (case.hidden, case.weight))
+        plan = fastd2o.Plan.of(hidden, weight, backend=backend)
+        plan = dataclasses.replace(plan, block_vocab=1024, kept_bytes=memory_budget or 0)
+        logprob = fastd2o.linear_logprob(hidden, weight, case.target.cuda(), plan=plan)
+        return torch.autograd.grad(logprob.sum(), (hidden, weight))
+
+    kept, again = step(int(share * 512 * 9001 * 2)), step(None)
+    for ours, theirs in zip(kept, again, strict=True):
+        assert rms_error(ours, theirs.double()) <= 1e-2
 
 
 @pytest.mark.parametrize("trained", [True, False])

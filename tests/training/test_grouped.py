@@ -93,6 +93,7 @@ def test_selecting_groups_keeps_their_roles():
     assert some.negative_row.tolist() == [-1, 2]
     assert some.positive_rows.tolist() == [[0, 1], [-1, -1]]
     assert some.line.tolist() == [8, 9]
+    assert some.ref_logp is not None
     assert some.ref_logp.tolist() == [2.0, 3.0, 4.0]
 
 
