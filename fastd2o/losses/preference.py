@@ -25,12 +25,11 @@ from fastd2o.losses.fused import (
     sum_segments,
 )
 from fastd2o.ops.grouped import Part, linear_grouped
+from fastd2o.ops.logprob import HeadOptions, LogprobOptions
 from fastd2o.ops.plan import Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
-
-    from fastd2o.ops.logprob import LogprobOptions
 
 PREFERENCE_OBJECTIVES: tuple[str, ...] = tuple(name for name in GROUPED_OBJECTIVES if name not in CRINGE_OBJECTIVES)
 """Every ``objective`` of :func:`linear_preference_loss` that has a name."""
@@ -169,12 +168,16 @@ def linear_preference_loss(
     """
     call = _Call.checked(groups, objective, ref_logp, options, group_weight, reduction)
     checks.non_negative(coefficient_tol=coefficient_tol, vocab_mass_tol=vocab_mass_tol)
+    unknown = set(head) - set(LogprobOptions.__annotations__) - set(HeadOptions.__annotations__)
+    if unknown:
+        raise TypeError(f"linear_preference_loss has no argument {min(unknown)!r}.")
     if vocab_mass_tol >= 1:
         raise ValueError(f"vocab_mass_tol is {vocab_mass_tol}, expected a share of the softmax below 1.")
 
     def run(separable: bool) -> Any:
         call.group_loss = hidden.new_zeros(call.groups.count, dtype=torch.float64)
         call.sequence_logp = hidden.new_zeros(len(call.group), dtype=torch.float64)
+        call.coefficient = torch.zeros_like(call.sequence_logp)
         return linear_grouped(
             hidden,
             weight,
@@ -184,7 +187,7 @@ def linear_preference_loss(
             call,
             groups=call.groups.count,
             separable=separable,
-            coefficient_tol=coefficient_tol * call.scale_G if coefficient_tol > 0 else 0.0,
+            coefficient_tol=call.tolerance(coefficient_tol),
             vocab_mass_tol=vocab_mass_tol,
             **head,
         )
@@ -219,9 +222,11 @@ class _Call:
     objective: str | Objective
     ref_logp: Tensor | None
     options: dict[str, Any]
+    is_weighted: bool
     scale_G: Tensor
     group_loss: Tensor
     sequence_logp: Tensor
+    coefficient: Tensor
 
     @classmethod
     def checked(
@@ -238,11 +243,13 @@ class _Call:
             raise TypeError(
                 f"groups is of type {type(groups).__name__}, expected fastd2o.losses.Groups(group, positive)."
             )
-        if groups.group.dtype != torch.int64 or groups.group.dim() != 1:
-            raise TypeError(
-                f"groups.group is {groups.group.dtype} of shape {list(groups.group.shape)}, expected int64 [S]: the "
-                "group of each sequence."
-            )
+        if not isinstance(groups.group, Tensor) or groups.group.dtype != torch.int64 or groups.group.dim() != 1:
+            what = type(groups.group).__name__
+            if isinstance(groups.group, Tensor):
+                what = f"{groups.group.dtype} of shape {list(groups.group.shape)}"
+            raise TypeError(f"groups.group is {what}, expected an int64 tensor [S]: the group of each sequence.")
+        if groups.number is not None and (type(groups.number) is not int or groups.number < 0):
+            raise ValueError(f"groups.number is {groups.number!r}, expected how many groups there are.")
         checks.mask("groups.positive", groups.positive, like=groups.group)
         checks.one_of("reduction", reduction, ("mean", "sum"))
         group = groups.group.tolist()
@@ -278,7 +285,17 @@ class _Call:
             scale_G = scale_G / max(1, counted)
         empty = groups.group.new_empty(0)
         reference = None if ref_logp is None else ref_logp.detach()
-        return cls(groups, group, objective, reference, resolved, scale_G, empty, empty)
+        return cls(
+            groups, group, objective, reference, resolved, group_weight is not None, scale_G, empty, empty, empty
+        )
+
+    def tolerance(self, coefficient_tol: float) -> float | Tensor:
+        """[G], in units of the loss; infinite for groups without weight, which may hold anything, if it is known that
+        no other group's loss depends on them."""
+        tolerance_G = coefficient_tol * self.scale_G.abs()
+        if isinstance(self.objective, str) and self.is_weighted:
+            return torch.where(self.scale_G == 0, torch.inf, tolerance_G)
+        return tolerance_G if coefficient_tol > 0 else 0.0
 
     def __call__(self, part: Part) -> Tensor:
         """A part's share of the loss."""
@@ -286,18 +303,20 @@ class _Call:
         some = slice(part.groups.start, part.groups.stop)
         self.group_loss[some] = loss_G.detach().to(self.group_loss.dtype)
         self.sequence_logp[part.sequences] = logp_S.detach().to(self.sequence_logp.dtype)
-        # A weight of 0 takes a group out, whatever its loss is.
+        # A weight of 0 takes a group out of the loss, whatever that is.
         scale_G = self.scale_G[some].to(loss_G.dtype)
         return torch.where(scale_G == 0, 0.0, scale_G * loss_G).sum()
 
     def _of_part(self, part: Part) -> tuple[Tensor, Tensor]:
         """[G'] losses and [S'] log-probabilities."""
         positive_S = self.groups.positive[part.sequences]
-        reference_S = None if self.ref_logp is None else self.ref_logp[part.sequences]
         token_logp = F.logsigmoid(part.logodds)
+        reference_S = None if self.ref_logp is None else self.ref_logp[part.sequences].to(token_logp.dtype)
         length_S = segment_lengths(part.sequence_start, len(token_logp))
         if not isinstance(self.objective, str):
             logp_S = sum_segments(token_logp, length_S)
+            if logp_S.requires_grad:
+                logp_S.register_hook(lambda gradient: self._remember(part.sequences, gradient))
             own = segment_owner(segment_lengths(part.group_start, len(positive_S)), len(positive_S))
             return self._by_callable(logp_S, reference_S, Groups(own, positive_S, len(part.groups))), logp_S
         if self.objective == "ipo" or self.options.get("length_normalize"):
@@ -310,7 +329,7 @@ class _Call:
         if self.objective == "d2o" and not options["allow_no_anchor"] and not positive_S.any():
             # Groups without an anchor have no loss; all of a part's may be, if not all of the call's.
             logp_S = sum_segments(token_logp, length_S)
-            return logp_S.new_zeros(len(part.groups)), logp_S
+            return logp_S.new_zeros(len(part.groups)) + logp_S[:0].sum(), logp_S
         result = grouped_loss(
             token_logp,
             part.sequence_start,
@@ -330,17 +349,21 @@ class _Call:
             raise ValueError(f"objective returned {what}, expected [{groups.count}], the loss of each group.")
         return loss_G
 
+    def _remember(self, sequences: Tensor, gradient: Tensor) -> None:
+        self.coefficient[sequences] = gradient.to(self.coefficient.dtype)
+
     def is_a_sum(self) -> bool:
-        """Whether a callable's losses on all groups at once are those that it gave on some of them at a time."""
+        """Whether a callable's losses, and their derivatives by the log-probabilities, are on all groups at once what
+        they were on some of them at a time."""
         if isinstance(self.objective, str):
             return True
-        with torch.no_grad():
-            logp_S = self.sequence_logp
-            reference_S = None if self.ref_logp is None else self.ref_logp.to(logp_S.dtype)
-            expected_G = self._by_callable(logp_S, reference_S, self.groups).to(self.group_loss.dtype)
-        finite = expected_G[expected_G.isfinite()]
-        tolerance = _ROUNDING * float(finite.abs().max()) if len(finite) else 0.0
-        return torch.allclose(self.group_loss, expected_G, rtol=_ROUNDING, atol=tolerance, equal_nan=True)
+        logp_S = self.sequence_logp.detach().requires_grad_()
+        reference_S = None if self.ref_logp is None else self.ref_logp.to(logp_S.dtype)
+        with torch.enable_grad():
+            loss_G = self._by_callable(logp_S, reference_S, self.groups).to(logp_S.dtype)
+            total = torch.where(self.scale_G == 0, 0.0, self.scale_G * loss_G).sum()
+        derivative = torch.autograd.grad(total, logp_S)[0] if total.requires_grad else torch.zeros_like(logp_S)
+        return _same(self.group_loss, loss_G.detach()) and _same(self.coefficient, derivative)
 
     def metrics(self) -> dict[str, Tensor]:
         """What there is to log, from the log-probabilities of all sequences."""
@@ -361,12 +384,19 @@ class _Call:
             chosen, rejected = groups.positives(reward_S), groups.negatives(reward_S)
             beaten = (reward_S > rejected[groups.group]).to(reward_S.dtype)
             measured |= {
-                "rewards/chosen": mean(chosen, has_positive),
-                "rewards/rejected": mean(rejected, has_negative),
+                "rewards/chosen": mean(chosen, both),
+                "rewards/rejected": mean(rejected, both),
                 "rewards/accuracies": mean(groups.positives(beaten), both),
                 "rewards/margins": mean(chosen - rejected, both),
             }
         return {name: value.float() for name, value in measured.items()}
+
+
+def _same(ours: Tensor, whole: Tensor) -> bool:
+    """Equal but for rounding, of which more is allowed to what is small beside the rest."""
+    finite = whole[whole.isfinite()].abs()
+    largest = float(finite.max()) if len(finite) else 0.0
+    return torch.allclose(ours, whole, rtol=_ROUNDING, atol=_ROUNDING * largest, equal_nan=True)
 
 
 def _check_roles(groups: Groups, group: list[int], objective: str, options: dict[str, Any]) -> None:

@@ -131,21 +131,20 @@ class LogoddsResult(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """Gradient of hidden ``[T, D]``, in the dtype of sums, and the share of the kept columns that the gradients were
-    formed of, 0-d, where some were to be left out."""
+    """Gradient of hidden ``[T, D]``, in the dtype of sums, and of how many columns the gradients were formed."""
 
     hidden_TD: Tensor | None
-    active_share: Tensor | None
+    columns: int
 
 
 class GroupedResult(NamedTuple):
-    """Gradients of hidden ``[T, D]``, in the dtype of sums, of weight and of bias; the share of active columns, 0-d, of
-    the parts together, where some were to be left out."""
+    """Gradients of hidden ``[T, D]``, in the dtype of sums, of weight and of bias; the share of the vocabulary that
+    they were formed of, mean over the tokens that had a gradient."""
 
     hidden_TD: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
-    active_share: Tensor | None
+    active_share: float
 
 
 class CringeResult(NamedTuple):
@@ -342,7 +341,7 @@ def logodds_backward(
     if tokens == 0:
         if not into.accumulate:
             into.zero_()
-        return BackwardResult(hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype), None)
+        return BackwardResult(hidden_TD.new_zeros((0, hidden_size), dtype=tiling.sum_dtype), 0)
     coef_T1 = (coef_T * head.transform.slope).unsqueeze(1)
     unscale: Tensor | None = None
     if tiling.dtype == torch.float16:
@@ -360,7 +359,8 @@ def logodds_backward(
     lse_others_T1 = lse_others_T.unsqueeze(1)
     active = None
     if kept is not None and mass_tol_T1 is not None:
-        active = active_columns(kept, lse_others_T1, target_T, mass_tol_T1, ops)
+        blocks = list(_blocks(tokens, tiling.block_tokens))
+        active = active_columns(kept, lse_others_T1, target_T, mass_tol_T1, blocks, tile.factors_TN, ops)
     # A gradient that has the dtype of sums and is written once is where they are summed.
     in_place = (
         not into.accumulate and unscale is None and dweight_VD is not None and dweight_VD.dtype == tiling.sum_dtype
@@ -407,7 +407,7 @@ def logodds_backward(
             into.put(dbias_V, slab.start, columns, dbias_N if unscale is None else dbias_N.mul_(unscale))
     if dhidden_TD is not None and unscale is not None:
         dhidden_TD *= unscale
-    return BackwardResult(dhidden_TD, None if active is None else active.share)
+    return BackwardResult(dhidden_TD, head.vocab_size if active is None else active.left_of(head.vocab_size))
 
 
 def grouped(
@@ -432,19 +432,21 @@ def grouped(
     Args:
         parts: consecutive slices of the tokens, all of them.
         coefficients: a part and its forward -> ``dL/dm``, ``[T]`` of the part.
-        compact: wait for the device in every part to learn which coefficients are 0; if not, those tokens are multiplied
-            as well.
+        compact: wait for the device in every part to learn which coefficients are 0; if not, those tokens are
+            multiplied as well.
         mass_tol: see :func:`logodds_backward`; here a share of the whole softmax, the target included.
     """
     needed = {"need_weight": need_weight, "need_bias": need_bias}
-    if len(parts) > 1:
+    # A float16 gradient is not to be rounded before it has been multiplied with the loss's own: that is its scale.
+    scaled_later = head.weight_VD.dtype == torch.float16
+    if len(parts) > 1 or scaled_later:
         into = HeadGradients.zeros(head, tiling.sum_dtype, **needed)
     elif mass_tol > 0:
         into = HeadGradients.zeros(head, None, **needed)
     else:
         into = HeadGradients.of_one_sweep(head, **needed)
     dhidden_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=tiling.sum_dtype) if need_hidden else None
-    active_shares = []
+    live_tokens, live_entries = 0, 0
     for part in parts:
         forward = logodds_forward(
             hidden_TD[part], head, target_T[part], tiling, unit=False, statistics=statistics, keep=True
@@ -469,10 +471,11 @@ def grouped(
                 dhidden_TD[part] = backward.hidden_TD
             else:
                 dhidden_TD[part].index_copy_(0, live.rows, backward.hidden_TD)
-        if backward.active_share is not None:
-            active_shares.append(backward.active_share)
+        alive = len(coef_T) if live.rows is None else len(live.rows)
+        live_tokens, live_entries = live_tokens + alive, live_entries + alive * backward.columns
         del forward, backward  # their memory is the next part's
-    return GroupedResult(dhidden_TD, *into.rounded(head), torch.stack(active_shares).mean() if active_shares else None)
+    weight_VD, bias_V = (into.weight_VD, into.bias_V) if scaled_later else into.rounded(head)
+    return GroupedResult(dhidden_TD, weight_VD, bias_V, live_entries / max(1, live_tokens * head.vocab_size))
 
 
 def cringe_forward(

@@ -67,7 +67,8 @@ class Grouped(NamedTuple):
             so is the next.
         skipped_bound: 0-d, no less than the Frobenius norm of what was left out of the weight's gradient with them:
             ``sqrt(2) slope sum_t |coef_t| |h_t|``.
-        active_share: 0-d, the share of kept columns that the gradients were formed of; None without ``vocab_mass_tol``.
+        active_share: 0-d, the share of the vocabulary that the gradients were formed of, mean over the tokens that had
+            one; None without ``vocab_mass_tol``.
         plan: what was done.
         parts: in how many parts.
     """
@@ -124,7 +125,7 @@ def linear_grouped(
         separable: whether the loss is a sum over groups at all.
         plan, memory_budget: how much memory the parts may take, see :meth:`fastd2o.Plan.choose`.
         coefficient_tol: a group is left out of the gradient if ``|dloss/dm_t|`` is no larger for any of its tokens; a
-            number, or one for each group.
+            number, or one for each group, infinite for those that do not count.
         vocab_mass_tol: columns are left out of the gradients of a part that together hold no more than this of the
             softmax of any of its tokens. Exact gradients with 0, and wherever softmax weights are not kept.
         stats: measure statistics for the loss to see.
@@ -327,6 +328,7 @@ class _Skipping:
             upstream[0] = gradient.abs()
 
         def of_logodds(gradient: Tensor) -> Tensor:
+            self.bound.zero_()
             return self(range(len(self.layout.sizes)), gradient, hidden_CD, upstream[0])
 
         loss.register_hook(of_loss)
@@ -335,16 +337,20 @@ class _Skipping:
     def __call__(self, groups: range, coef_N: Tensor, hidden_ND: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Coefficients of the tokens of these groups, times ``scale``, with 0 for those of a group that is skipped."""
         some = slice(groups.start, groups.stop)
-        count_G = torch.tensor(self.layout.tokens_of_groups[some], device=coef_N.device)
+        count_G = torch.tensor(self.layout.tokens_of_groups[some], dtype=torch.int64, device=coef_N.device)
         largest_G = torch.segment_reduce(coef_N.abs(), "max", lengths=count_G, initial=0.0, unsafe=True)
         if self.tolerance_G is None:
             self.skipped_G[some] = largest_G == 0
             return coef_N
-        skipped_G = largest_G <= self.tolerance_G[some] * scale
+        # A group that does not count may have a NaN for a coefficient; in any other that has to be seen.
+        muted_G = self.tolerance_G[some] == torch.inf
+        skipped_G = muted_G | (largest_G <= self.tolerance_G[some] * scale)
         self.skipped_G[some] = skipped_G
-        skipped_N = torch.repeat_interleave(skipped_G, count_G, output_size=len(coef_N))
+        skipped_N, muted_N = (
+            torch.repeat_interleave(of_groups, count_G, output_size=len(coef_N)) for of_groups in (skipped_G, muted_G)
+        )
         norm_N = hidden_ND.norm(dim=1, dtype=coef_N.dtype)
-        lost = torch.where(skipped_N, coef_N.abs() * norm_N, 0.0).sum()
+        lost = torch.where(skipped_N & ~muted_N, coef_N.abs() * norm_N, 0.0).sum()
         self.bound.add_(self.norm_bound * torch.where(lost > 0, lost / scale, 0.0))
         return torch.where(skipped_N, 0.0, coef_N)
 
@@ -417,7 +423,8 @@ class _Call:
                 compact=plan.compact,
                 mass_tol=self.vocab_mass_tol,
             )
-        self.active_share = result.active_share
+        if self.vocab_mass_tol > 0:
+            self.active_share = torch.tensor(result.active_share, dtype=total.dtype, device=total.device)
         return total, result, extra_gradients
 
 
@@ -431,7 +438,8 @@ class _GroupedLoss(torch.autograd.Function):
         hidden_CD = call.layout.gather(hidden).to(call.plan.dtype)
         total, result, of_extra = call.run(hidden_CD, extra, (need[0], need[1], need[2]))
         ctx.gradients = [result.hidden_TD, result.weight_VD, result.bias_V, *of_extra]
-        ctx.layout, ctx.hidden_dtype = call.layout, hidden.dtype
+        ctx.layout = call.layout
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype, *(x.dtype for x in extra)]
         return total
 
     @staticmethod
@@ -443,15 +451,17 @@ class _GroupedLoss(torch.autograd.Function):
                 "again, or add losses up and call backward once"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None and not (grad_loss.device.type == "cpu" and grad_loss == 1):
-                gradient.mul_(grad_loss)
-        dhidden, dweight, dbias, *of_extra = gradients
-        if dhidden is not None:
-            dhidden = ctx.layout.scatter(dhidden.to(ctx.hidden_dtype))
+        if not (grad_loss.device.type == "cpu" and grad_loss == 1):
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        dhidden, dweight, dbias, *of_extra = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
         need = ctx.needs_input_grad
         return (
-            dhidden,
+            None if dhidden is None else ctx.layout.scatter(dhidden),
             dweight,
             dbias,
             None,

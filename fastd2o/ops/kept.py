@@ -9,6 +9,7 @@ Shapes: T tokens of the forward, N columns of a slab, S slabs, B bins of columns
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,8 @@ from fastd2o.ops.tile_ops import TileOps
 
 # Columns are dropped in so many steps of equal size. The sums of a step over its columns are a product with B columns.
 _BINS = 64
+# Rows are gathered so many at a time where columns are to be gathered from them.
+_BAND_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Kept:
 
     def take(self, start: int, block: slice, columns: Tensor | None, out_TN: Tensor) -> Tensor:
         """The weights of a block of the tokens that the backward is about, and of a choice of the slab's columns: where
-        they lie, or gathered, in ``out_TN`` if that takes no more memory."""
+        they lie, or gathered in ``out_TN``."""
         slab_TN = self.slab(start)
         if self.rows is None:
             slab_TN = slab_TN[block]
@@ -72,7 +75,10 @@ class Kept:
         rows = self.rows[block]
         if columns is None:
             return torch.index_select(slab_TN, 0, rows, out=out_TN)
-        return slab_TN[rows.unsqueeze(1), columns]
+        for start_row in range(0, len(rows), _BAND_ROWS):
+            band = slice(start_row, start_row + _BAND_ROWS)
+            torch.index_select(slab_TN.index_select(0, rows[band]), 1, columns, out=out_TN[band])
+        return out_TN
 
     def factor(self, start: int, block: slice, lse_others_T1: Tensor) -> Tensor:
         """``[T, 1]``: what makes a softmax over the others of that slab's weights, for a block of the tokens that the
@@ -84,64 +90,90 @@ class Kept:
 
 @dataclass(frozen=True)
 class ActiveColumns:
-    """The columns that the products of a gradient are about.
+    """The columns that the products of a gradient are about, of those that are kept.
 
     Attributes:
-        share: of the kept columns, 0-d.
+        dropped: how many others there are.
     """
 
-    share: Tensor
+    dropped: int
     _by_slab: dict[int, Tensor]
 
     def of(self, start: int) -> Tensor:
         """int64, rising: those of the slab that starts at this column, relative to it."""
         return self._by_slab[start]
 
+    def left_of(self, columns: int) -> int:
+        """How many columns of a vocabulary are left."""
+        return columns - self.dropped
 
-def active_columns(kept: Kept, lse_others_T1: Tensor, target_T: Tensor, tol_T1: Tensor, ops: TileOps) -> ActiveColumns:
+
+def active_columns(
+    kept: Kept,
+    lse_others_T1: Tensor,
+    target_T: Tensor,
+    tol_T1: Tensor,
+    blocks: Sequence[slice],
+    memory: Callable[[int, int], Tensor],
+    ops: TileOps,
+) -> ActiveColumns:
     """Few columns such that all others together hold, for every token, no more than its ``tol`` of the softmax over
     the others; all targets are among them.
 
     Columns are dropped in the order of the largest share of a tolerance that they take from any token, 1/64 of them at
-    a time, for as long as that is so. Two reads of what is kept.
+    a time, for as long as that is so. Two reads of what is kept, block by block of the tokens.
+
+    Args:
+        memory: rows, columns -> where to work on as many weights.
     """
-    every = slice(0, len(lse_others_T1))
     starts = range(0, kept.columns, kept.block_vocab)
-    largest_V = lse_others_T1.new_empty(kept.columns)
+    largest_V = lse_others_T1.new_zeros(kept.columns)
     for start in starts:
-        weights_TN, share_T1 = _shares(kept, start, every, lse_others_T1, tol_T1)
-        # In the dtype of the weights: this is but an order to try.
-        largest_V[start : start + weights_TN.shape[1]] = (weights_TN * share_T1.to(weights_TN.dtype)).amax(0)
-    is_target = target_T[target_T < kept.columns]
-    largest_V[is_target] = torch.inf
+        for block in blocks:
+            weights_TN, share_T1 = _shares(kept, start, block, lse_others_T1, tol_T1, memory)
+            # In the dtype of the weights, and its range: this is but an order to try.
+            share_T1 = share_T1.clamp(max=torch.finfo(weights_TN.dtype).max).to(weights_TN.dtype)
+            shares_TN = torch.mul(weights_TN, share_T1, out=memory(*weights_TN.shape))
+            largest_N = largest_V[start : start + weights_TN.shape[1]]
+            torch.maximum(largest_N, shares_TN.amax(0).to(largest_N.dtype), out=largest_N)
+    is_target_V = torch.zeros_like(largest_V, dtype=torch.bool)
+    is_target_V[target_T[target_T < kept.columns]] = True
+    largest_V[is_target_V] = torch.inf  # the last to go, and never gone
 
     rank_V = torch.empty_like(largest_V, dtype=torch.int64)
     rank_V[largest_V.argsort(stable=True)] = torch.arange(kept.columns, device=rank_V.device)
     bin_V = rank_V * _BINS // kept.columns
     share_TB = lse_others_T1.new_zeros((len(target_T), _BINS))
     for start in starts:
-        weights_TN, share_T1 = _shares(kept, start, every, lse_others_T1, tol_T1)
-        bin_N = bin_V[start : start + weights_TN.shape[1]]
-        member_NB = torch.zeros((len(bin_N), _BINS), dtype=weights_TN.dtype, device=bin_N.device)
+        bin_N = bin_V[start : start + kept.block_vocab]
+        member_NB = torch.zeros((len(bin_N), _BINS), dtype=kept.weights.dtype, device=bin_N.device)
         member_NB.scatter_(1, bin_N.unsqueeze(1), 1.0)
-        sums_TB = torch.empty_like(share_TB)
-        ops.product(sums_TB, weights_TN, member_NB)
-        share_TB += sums_TB.mul_(share_T1)
+        for block in blocks:
+            weights_TN, share_T1 = _shares(kept, start, block, lse_others_T1, tol_T1, memory)
+            sums_TB = torch.empty_like(share_TB[block])
+            ops.product(sums_TB, weights_TN, member_NB)
+            share_TB[block] += sums_TB.mul_(share_T1)
     # Sums up to each bin, by a product, because a parallel cumsum may not be the same twice.
     up_to_BB = torch.ones((_BINS, _BINS), dtype=share_TB.dtype, device=share_TB.device).triu()
     dropped_bins = ((share_TB @ up_to_BB).amax(0) <= 1.0).sum()
-    is_active_V = (bin_V >= dropped_bins) | (largest_V == torch.inf)
 
-    active = is_active_V.nonzero().squeeze(1)
+    active = ((bin_V >= dropped_bins) | is_target_V).nonzero().squeeze(1)
     ends = torch.searchsorted(active, torch.tensor([*starts, kept.columns], device=active.device)).tolist()
     by_slab = {
         start: active[first:last] - start for start, first, last in zip(starts, ends[:-1], ends[1:], strict=True)
     }
-    return ActiveColumns(is_active_V.to(largest_V.dtype).mean(), by_slab)
+    return ActiveColumns(kept.columns - len(active), by_slab)
 
 
-def _shares(kept: Kept, start: int, every: slice, lse_others_T1: Tensor, tol_T1: Tensor) -> tuple[Tensor, Tensor]:
-    """A slab's weights, and what makes shares of the tolerance of them."""
-    slab_TN = kept.slab(start)
-    weights_TN = slab_TN if kept.rows is None else slab_TN[kept.rows]
-    return weights_TN, kept.factor(start, every, lse_others_T1) / tol_T1
+def _shares(
+    kept: Kept,
+    start: int,
+    block: slice,
+    lse_others_T1: Tensor,
+    tol_T1: Tensor,
+    memory: Callable[[int, int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """A slab's weights for a block of tokens, and what makes shares of the tolerance of them."""
+    columns = min(kept.block_vocab, kept.columns - start)
+    weights_TN = kept.take(start, block, None, memory(block.stop - block.start, columns))
+    return weights_TN, kept.factor(start, block, lse_others_T1[block]) / tol_T1[block]

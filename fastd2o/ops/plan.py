@@ -201,11 +201,13 @@ class Plan:
         whole = self._keeping(budget - self.extra_bytes)
         if whole.kept_bytes == self.tokens * self._row_bytes:
             return whole
-        parts = replace(self, part_tokens=_LEAST_PART_TOKENS)
-        part_tokens = (budget - parts.extra_bytes) // self._row_bytes
-        if part_tokens < _LEAST_PART_TOKENS:
-            return whole
-        return replace(parts, part_tokens=part_tokens, kept_bytes=part_tokens * self._row_bytes)
+        # What a part takes besides grows with it up to one tile.
+        for largest in (self.tokens, _LEAST_PART_TOKENS):
+            parts = replace(self, part_tokens=max(1, min(largest, self.block_tokens)))
+            part_tokens = min(largest, (budget - parts.extra_bytes) // self._row_bytes)
+            if part_tokens >= _LEAST_PART_TOKENS:
+                return replace(parts, part_tokens=part_tokens, kept_bytes=part_tokens * self._row_bytes)
+        return whole
 
     @property
     def _row_bytes(self) -> int:
@@ -232,7 +234,8 @@ class Plan:
     @property
     def extra_bytes(self) -> int:
         """An upper estimate of the memory held beyond inputs, result and gradients at the worst moment."""
-        tokens, columns = min(self.block_tokens, self.tokens), min(self.block_vocab, self.vocab_size)
+        part = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
+        tokens, columns = min(self.block_tokens, part), min(self.block_vocab, self.vocab_size)
         factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device, self.backend).itemsize
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
         total = self._working_bytes(tokens, columns)
@@ -254,9 +257,9 @@ class Plan:
         total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
         if self.algorithm == "unit":
             return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
-        tokens = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
-        total += self.kept_columns * tokens * factor + -(-self.kept_columns // self.block_vocab) * tokens * sums
-        if self.part_tokens is not None and factor < sums and not self.cast_weight:
+        total += self.kept_columns * part * factor + -(-self.kept_columns // self.block_vocab) * part * sums
+        summed = self.part_tokens is not None or (self.algorithm == "grouped" and self.dtype == torch.float16)
+        if summed and factor < sums and not self.cast_weight:
             total += self.vocab_size * self.hidden_size * sums  # what the parts' gradients of the weight are added to
         # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
         return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)
@@ -269,7 +272,7 @@ class Plan:
             # csrc/cpu/product.cpp: panels of one factor, or one panel of 64 columns if that is more; for every thread a
             # block of the other factor, 128 x 1024 of 16 bits or 128 x 128 of 32.
             widest = max(self.hidden_size, columns, tokens) + 32
-            return max(_PACKED_BYTES, 64 * widest * 4) + torch.get_num_threads() * (128 * 1024 * 2)
+            return max(_PACKED_BYTES, 64 * widest * 4) + _threads() * (128 * 1024 * 2)
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
         return _BAND_COPIES * min(band_elements(self.device), max(tokens, 1) * columns) * sums
 
@@ -286,6 +289,12 @@ class Plan:
             f"{self.flops / 1e12:.3g} TFLOP; at most {self.extra_bytes / 1e6:.0f} MB extra "
             f"(full logits: {full / 1e6:.0f} MB)"
         )
+
+
+# A graph does not hold the number of threads; a plan that is made while it is traced does.
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def kept_columns(kept_bytes: int, tokens: int, vocab_size: int, block_vocab: int, dtype: torch.dtype) -> int:

@@ -312,24 +312,32 @@ def sums_of(case: Case) -> torch.dtype:
 
 
 def agree(
-    result: tuple[PreferenceOutput, dict[str, Tensor]], expected: tuple[Any, dict[str, Tensor]], tolerance: float
+    result: tuple[PreferenceOutput, dict[str, Tensor]],
+    expected: tuple[Any, dict[str, Tensor]],
+    tolerance: float,
+    floor: float = 0.0,
 ) -> None:
-    """Losses, log-probabilities and gradients of two results, in float64 or float32."""
+    """Losses, log-probabilities and gradients of two results, in float64 or float32; gradients relative to their
+    largest entry, or to ``floor`` if that is more."""
     for name in ("loss", "group_loss", "sequence_logp"):
         ours, right = getattr(result[0], name).detach(), getattr(expected[0], name).detach()
         torch.testing.assert_close(ours.double(), right.double(), rtol=tolerance, atol=tolerance)
     for name, gradient in result[1].items():
-        assert relative_error(gradient, expected[1][name].double()) <= tolerance, name
+        right = expected[1][name].double()
+        size, error = (x.abs().max().item() if x.numel() else 0.0 for x in (right, gradient.double() - right))
+        assert error <= tolerance * max(size, floor), name
 
 
-def check(case: Case, objective: Objective, options: dict[str, Any], tolerance: float, **arguments: Any) -> None:
+def check(
+    case: Case, objective: Objective, options: dict[str, Any], tolerance: float, floor: float = 0.0, **arguments: Any
+) -> None:
     """Everything is what the oracle says."""
     reduced = {name: arguments[name] for name in ("group_weight", "reduction") if name in arguments}
     result = run(case, objective, options, **arguments)
     expected = oracle(case, objective, options, **reduced)
     assert result[0].loss.dtype == sums_of(case)
     assert all(gradient.dtype == case.hidden.dtype for gradient in result[1].values())
-    agree(result, (expected, expected.gradients), tolerance)
+    agree(result, (expected, expected.gradients), tolerance, floor)
 
 
 RAGGED = ([[5, 1, 7], [3], [4, 3, 6, 3, 2], [2, 2], [9, 7, 1, 4, 6]], [2, 0, 1, 0, 4])
@@ -398,7 +406,9 @@ class TestOracle:
         objective, options, case = drawn
         case = case.to(dtype)
         plan = tiles(case, way, backend=backend, block=block, part_tokens=part_tokens)
-        check(case, objective, options, TOLERANCE[dtype], plan=plan, reduction=reduction)
+        # Sums of tens of nats are known to 1e-6 of them, and terms of a coefficient may cancel: neither is relative to
+        # what is left.
+        check(case, objective, options, TOLERANCE[dtype], floor=0.1, plan=plan, reduction=reduction)
 
     @pytest.mark.parametrize(("objective", "options"), OPTIONS, ids=str)
     @every_backend
@@ -796,6 +806,18 @@ class TestNotASum:
             assert result[0].plan.algorithm == "recompute"
         agree(result, (expected, expected.gradients), 1e-11)
 
+    @pytest.mark.parametrize("way", ["parts", "parts of the columns"])
+    def test_it_is_recognised_at_the_first_step(self, way: str):
+        """Policy and reference are one model: the losses are what they would be without the mean, the gradients not."""
+        case = make_case(*RAGGED)
+        case = replace(case, ref_logp=oracle(case, "d2o").sequence_logp)
+        expected = oracle(case, kto_like)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = run(case, kto_like, plan=tiles(case, way))
+        agree(result, (expected, expected.gradients), 1e-11)
+        assert [warning.category for warning in caught] == [FastD2OWarning]
+
     def test_weights_and_skipping_hold_for_it_too(self):
         case = make_case(*RAGGED)
         weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], dtype=torch.float64)
@@ -886,7 +908,6 @@ class TestSkipping:
         trained = ("hidden",) if way == "general" else ("hidden", "weight", "bias")
         plan = None if way == "general" else tiles(case, way, part_tokens=14)
         out, gradients = run(case, "d2o", trained=trained, plan=plan, coefficient_tol=tolerance, **arguments)
-        assert out.metrics["skipped"].item() == pytest.approx(skipped.double().mean().item())
         expected = oracle(case, "d2o", **arguments)
         left_out = skipped[group] & (group >= 0)
         bound = (
@@ -894,10 +915,13 @@ class TestSkipping:
             * 0.5
             * (logodds_coef(case, expected).abs() * torch.where(left_out, case.hidden.norm(dim=1), 0)).sum()
         )
-        torch.testing.assert_close(out.metrics["skipped_bound"], bound, rtol=1e-6, atol=0)
         right = expected.gradients["hidden"].masked_fill(left_out.unsqueeze(1), 0.0)
         assert relative_error(gradients["hidden"], right) <= 1e-11
-        if way != "general":
+        if way == "general":
+            assert "skipped" not in out.metrics  # only a backward knows
+        else:
+            assert out.metrics["skipped"].item() == pytest.approx(skipped.double().mean().item())
+            torch.testing.assert_close(out.metrics["skipped_bound"], bound, rtol=1e-6, atol=0)
             lost = (gradients["weight"] - expected.gradients["weight"]).norm()
             assert lost <= out.metrics["skipped_bound"] * (1 + 1e-9) + 1e-12
             assert (lost > 1e-12) == bool(skipped.any())
@@ -916,8 +940,7 @@ class TestSkipping:
         zeros = gradients["hidden"].norm(dim=1) == 0
         assert 0 < zeros[case.counted].double().mean() < 1
         assert torch.equal(scaled["hidden"].norm(dim=1) == 0, zeros)
-        assert torch.equal(scaled_out.metrics["skipped"], out.metrics["skipped"])
-        assert torch.equal(scaled_out.metrics["skipped_bound"], out.metrics["skipped_bound"])
+        assert all(torch.equal(scaled_out.metrics[name], metric) for name, metric in out.metrics.items())
         for name, gradient in gradients.items():
             torch.testing.assert_close(scaled[name], gradient, rtol=1e-12, atol=1e-15)
 
@@ -953,7 +976,7 @@ def check_bounds(case: Case, tol: float, way: str, objective: str = "sigmoid", p
     assert lost["weight"].norm() <= (coef * hidden_norm).sum() * tol * slope * (1 + 1e-9) + rounding
     if "bias" in lost:
         assert lost["bias"].norm() <= coef.sum() * tol * slope * (1 + 1e-9) + rounding
-    return out.metrics.get("active_columns", torch.zeros(()))  # which is missing where no token has a gradient
+    return out.metrics["active_columns"]
 
 
 class TestActiveVocabulary:
@@ -986,7 +1009,8 @@ class TestActiveVocabulary:
     @pytest.mark.parametrize("way", ["one part", "parts", "part of the columns"])
     def test_a_peaked_distribution_drops_most(self, way: str):
         case = make_case(*RAGGED, vocab_size=640, scale=20.0)
-        assert check_bounds(case, 0.01, way) < 0.4
+        # Columns that are not kept, in some of the parts too, count as formed.
+        assert check_bounds(case, 0.01, way) < (0.4 if way == "one part" else 0.7)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tol", [1e-2, 1e-6])
@@ -1024,7 +1048,7 @@ class TestActiveVocabulary:
         for arguments in several:
             out, gradients = run(case, "sigmoid", vocab_mass_tol=0.5, **arguments)
             agree((out, gradients), (expected := oracle(case, "sigmoid"), expected.gradients), 1e-11)
-            assert "active_columns" not in out.metrics
+            assert out.metrics.get("active_columns", 1.0) == 1.0
 
     @given(
         sharpness=st.sampled_from([0.0, 0.3, 3.0, 10.0]),
@@ -1063,7 +1087,13 @@ class TestActiveVocabulary:
             return
         kept = forward.kept.of(rows if some else None)
         tol_T1 = tol * (1 + torch.rand(20, 1, generator=generator, dtype=torch.float64)).to(tiling.sum_dtype)[rows]
-        active = active_columns(kept, forward.lse_others[rows].unsqueeze(1), target[rows], tol_T1, tiling.ops(head))
+        blocks = [slice(start, min(start + 7, len(rows))) for start in range(0, len(rows), 7)]
+
+        def memory(tokens: int, columns: int) -> torch.Tensor:
+            return hidden.new_empty(tokens, columns)
+
+        lse_others_T1 = forward.lse_others[rows].unsqueeze(1)
+        active = active_columns(kept, lse_others_T1, target[rows], tol_T1, blocks, memory, tiling.ops(head))
 
         logits = full_logits(hidden.double(), weight.double(), softcap=softcap)
         bend = 1 if softcap is None else 1 - (logits / softcap).square()
@@ -1075,7 +1105,7 @@ class TestActiveVocabulary:
             assert (own.diff() > 0).all()
             chosen[start + own] = True
         assert chosen[target[rows]].all()
-        assert active.share.item() == pytest.approx(chosen[: kept.columns].double().mean().item())
+        assert active.left_of(300) == chosen.sum()
         dropped = (others[rows] * ~chosen).sum(1, keepdim=True)
         # A logit of a 16-bit tile is known to its own rounding, and so are sums of weights.
         unit = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
@@ -1148,6 +1178,37 @@ class TestLinearGrouped:
         expected = torch.autograd.grad(-2 * right, [*(exact[name] for name in trained), factor, shift])
         for ours, theirs in zip(gradients, expected, strict=True):
             assert relative_error(ours, theirs) <= 1e-12
+
+    @pytest.mark.parametrize("scale", [1.0, -(2.0**16), 2.0**-20])
+    @pytest.mark.parametrize("separable", [True, False])
+    @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)])
+    def test_what_is_skipped(self, trained: tuple[str, ...], separable: bool, scale: float):
+        """Where gradients are not formed in the forward, every backward says it, and says the same."""
+        case = make_case(*RAGGED, bias=False, logit_scale=0.5)
+        leaves = case.leaves
+        wanted = [leaves[name].requires_grad_() for name in trained]
+        factor = torch.tensor([0.1, 3.0, 0.0, 1.0, 0.2], dtype=torch.float64)  # |dloss/dm| of groups
+
+        def loss(part: Part) -> Tensor:
+            group = case.groups.group[part.sequences].repeat_interleave(part.sequence_start.diff())
+            return (factor[group] * part.logodds).sum()
+
+        out = linear_grouped(
+            *(leaves["hidden"], leaves["weight"], case.target, case.sequence_ids, case.groups.group.tolist(), loss),
+            groups=5,
+            separable=separable,
+            coefficient_tol=torch.tensor([0.2, 0.2, 0.2, 2.0, 0.1]),
+            logit_scale=0.5,
+            plan=tiles(case, "parts") if len(trained) > 1 else None,
+        )
+        group = group_of_token(case)
+        for _ in range(1 if out.plan.algorithm == "grouped" else 2):
+            gradient, *_ = torch.autograd.grad(scale * out.loss, wanted, retain_graph=True)
+            assert out.skipped.tolist() == [True, False, True, True, False]
+            left_out = (group == 0) | (group == 3)
+            norm = torch.where(left_out, case.hidden.norm(dim=1), 0.0)
+            torch.testing.assert_close(out.skipped_bound, 2**0.5 * 0.5 * (factor[group] * norm).sum())
+            assert torch.equal(gradient.norm(dim=1) > 0, (group == 1) | (group == 4))
 
 
 class TestGroups:
@@ -1223,7 +1284,8 @@ class TestWhatIsTrained:
         run(case, "d2o", trained=())
         assert sum(operations) == 2 * 65 * 6 * 53
 
-    def test_references_and_weights_are_constants(self):
+    @pytest.mark.parametrize("objective", ["d2o", kto_like])
+    def test_references_and_weights_are_constants(self, objective: Objective):
         case = make_case(*RAGGED)
         for trained in (("hidden", "weight"), ("hidden",)):
             ref_logp, weight = case.ref_logp.clone().requires_grad_(), torch.ones(5).requires_grad_()
@@ -1231,7 +1293,7 @@ class TestWhatIsTrained:
             wanted = [leaves[name].requires_grad_() for name in trained]
             out = linear_preference_loss(
                 *(leaves["hidden"], leaves["weight"], case.target, case.sequence_ids, case.groups),
-                objective="d2o",
+                objective=objective,
                 ref_logp=ref_logp,
                 group_weight=weight,
             )
@@ -1285,16 +1347,12 @@ class TestWhatIsTrained:
             torch.autograd.grad(loss, [hidden, weight])
 
     def test_a_second_backward_of_the_general_path(self):
-        """Two gradients, and what was skipped is not counted twice."""
         case = make_case(*RAGGED)
         hidden = case.hidden.clone().requires_grad_()
         arguments = (hidden, case.weight, case.target, case.sequence_ids, case.groups)
-        out = linear_preference_loss(*arguments, objective="d2o", ref_logp=case.ref_logp, coefficient_tol=1.0)
-        torch.autograd.grad(out.loss, hidden, retain_graph=True)
-        bound = out.metrics["skipped_bound"].clone()
-        torch.autograd.grad(out.loss, hidden)
-        assert bound > 0
-        assert torch.equal(out.metrics["skipped_bound"], bound)
+        out = linear_preference_loss(*arguments, objective="d2o", ref_logp=case.ref_logp, coefficient_tol=0.03)
+        first = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+        assert torch.equal(*first, *torch.autograd.grad(out.loss, hidden))
 
     @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)])
     def test_a_second_derivative_is_refused(self, trained: tuple[str, ...]):
@@ -1351,7 +1409,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a matrix of groups": (
         {"groups": Groups(GROUP.view(2, 2), POSITIVE.view(2, 2))},
         TypeError,
-        r"groups.group is torch.int64 of shape \[2, 2\], expected int64 \[S\]",
+        r"groups.group is torch.int64 of shape \[2, 2\], expected an int64 tensor \[S\]",
     ),
     "a list of groups": ({"groups": Groups([0, 0, 1, 1], POSITIVE)}, TypeError, "groups.group"),  # type: ignore[arg-type]
     "integer roles": (

@@ -443,6 +443,35 @@ class TestMemory:
                 assert 2 <= tokens / (chosen.part_tokens or 1) <= 3
                 assert extra <= 0.8 * whole
 
+    def test_a_part_gives_back_what_it_kept(self):
+        """Eight parts take no more memory than two, but for sums of each token."""
+        extra = []
+        for parts in (2, 8):
+            tokens = parts * 256
+            hidden, weight, target = head_of(tokens, 16, 2048, torch.float32)
+            sequences = tokens // 64
+            groups = Groups(torch.arange(sequences) // 2, torch.arange(sequences) % 2 == 0)
+            own = dataclasses.replace(
+                Plan.of(hidden, weight, grouped=True), part_tokens=256, kept_bytes=256 * 2048 * 4, block_vocab=256
+            )
+
+            def step(
+                head: tuple[Tensor, Tensor, Tensor] = (hidden, weight, target),
+                groups: Groups = groups,
+                plan: Plan = own,
+            ) -> object:
+                hidden, weight, target = head
+                out = fastd2o.linear_preference_loss(
+                    *(hidden, weight, target, torch.arange(len(target)) // 64, groups),
+                    objective="sigmoid",
+                    ref_logp=torch.full((len(groups.group),), -500.0),
+                    plan=plan,
+                )
+                return torch.autograd.grad(out.loss, [hidden, weight])
+
+            extra.append(measure_memory(step, warm_up=False).peak - hidden.nbytes - weight.nbytes)
+        assert extra[1] - extra[0] <= 0.4 * own.kept_bytes
+
     def test_of_linear_preference_loss_with_a_share_of_the_columns(self):
         """Choosing columns, and gathering rows of some groups, takes no more than the budget either."""
         tokens, vocab = 2048, 4096
