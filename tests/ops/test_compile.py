@@ -30,7 +30,7 @@ def test_opcheck_logodds(dtype: torch.dtype, algorithm: str, options: tuple[Any,
         inputs = tuple(t if t is None else t.detach() for t in inputs)  # type: ignore[assignment]
     operator = torch.ops.fastd2o.logodds
     results = torch.library.opcheck(
-        operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", False, True, True)
+        operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", False, 0, True, True)
     )
     assert set(results.values()) == {"SUCCESS"}
 
@@ -63,7 +63,10 @@ def test_opcheck_backwards() -> None:
     column = torch.rand(9) * (target >= 0)  # a coefficient at an ignored token is 0 by then
     shared = (1.0, 30.0, 1.0, 4, 16, torch.float32, "torch", False, True, True, True, True)
     inputs = (column, hidden, weight, bias, target)
-    results = torch.library.opcheck(torch.ops.fastd2o.logodds_backward, (*inputs, column, *shared))
+    nothing_kept = (hidden.new_empty(0), hidden.new_empty(0))
+    of_logodds = (*shared[:3], -100, *shared[3:])
+    operator = torch.ops.fastd2o.logodds_backward
+    results = torch.library.opcheck(operator, (*inputs, column, *nothing_kept, *of_logodds))
     assert set(results.values()) == {"SUCCESS"}
     positive = torch.where(target >= 0, (target + 1) % 50, -1)
     operator = torch.ops.fastd2o.cringe_backward
