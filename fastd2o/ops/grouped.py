@@ -151,10 +151,12 @@ def linear_grouped(
 
     if chosen.algorithm == "grouped":
         chosen = replace(chosen, algorithm="recompute", part_tokens=None)
+    # Gathered here, so that what the operator keeps for its backward is of the tokens that count alone.
+    hidden_CD = layout.gather(hidden_TD)
     result = linear_logodds(
-        hidden_TD,
+        hidden_CD,
         weight,
-        target_T,
+        layout.gather(target_T),
         bias=bias,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -163,11 +165,11 @@ def linear_grouped(
         plan=chosen,
         stats=stats,
     )
-    logodds, *statistics = (layout.gather(x) for x in (result if isinstance(result, tuple) else (result,)))
+    logodds, *statistics = result if isinstance(result, tuple) else (result,)
     everything = layout.part(range(groups), slice(0, layout.tokens))
     total = loss(everything._replace(logodds=logodds, extra=tuple(extra), statistics=_statistics(statistics)))
     if logodds.requires_grad and total.requires_grad:
-        skipping.watch(total, logodds, layout.gather(hidden_TD.detach()))
+        skipping.watch(total, logodds, hidden_CD.detach())
     return Grouped(total, skipping.skipped_G, skipping.bound, None, chosen, 1)
 
 

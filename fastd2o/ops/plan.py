@@ -249,7 +249,7 @@ class Plan:
             return total
         if self.algorithm == "cringe":
             # Two rows of the weight for each of some tokens, and a block of what goes into the weight's gradient.
-            return total + 3 * GATHER_BYTES
+            return total + 3 * min(GATHER_BYTES, 2 * self.tokens * self.hidden_size * sums)
         if self.fused or logit != factor:
             total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
         elif self.dtype == torch.float16:  # backend torch on the CPU

@@ -105,17 +105,16 @@ class Allocations(TorchDispatchMode):
         """For each named moment, in the order in which they came: bytes by part when the most were alive."""
         alive: Counter[str] = Counter()
         peaks: dict[str, dict[str, int]] = {}
+        total = 0
         stops = [position for position, _ in self._moments[1:]] + [len(self._events)]
         for (start, moment), stop in zip(self._moments, stops, strict=True):
-            most = sum(peaks[moment].values()) if moment in peaks else -1
-            for position in range(start, stop + 1):
-                total = alive.total()
+            most = -1 if moment is None else sum(peaks.get(moment, {"": -1}).values())
+            for event in (None, *self._events[start:stop]):  # what is alive at the start counts
+                if event is not None:
+                    storage = self._storages[event if event >= 0 else ~event]
+                    change = storage.nbytes if event >= 0 else -storage.nbytes
+                    alive[storage.part or WORKING] += change
+                    total += change
                 if moment is not None and total > most:
                     most, peaks[moment] = total, dict(alive)
-                if position < stop:
-                    self._count(self._events[position], alive)
         return peaks
-
-    def _count(self, event: int, alive: Counter[str]) -> None:
-        storage = self._storages[event if event >= 0 else ~event]
-        alive[storage.part or WORKING] += storage.nbytes if event >= 0 else -storage.nbytes

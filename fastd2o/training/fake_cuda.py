@@ -1,7 +1,7 @@
-"""What CUDA does differently from the CPU with the same Python code, as far as tensors are made: for fake CPU tensors that
-stand for those of a GPU.
+"""Fake CPU tensors that stand for those of a GPU: what CUDA does differently with the same Python code, as far as
+tensors are made.
 
-Fake tensors cannot be on CUDA where torch has none: autograd runs CUDA's backwards in threads of its own.
+Fake tensors cannot say that they are on CUDA where there is none: autograd runs a GPU's backward in a thread for it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ _BIAS_ALIGNMENT = 16
 
 # What CUDA's autocast does in float32 and the CPU's does not: ATen/autocast_mode.h, AT_FORALL_FP32 and
 # AT_FORALL_FP32_SET_OPT_DTYPE, those that models call.
-_IN_FLOAT32 = frozenset(
-    "cosh exp expm1 group_norm layer_norm log log10 log1p log2 logsumexp norm pow __pow__ __rpow__ reciprocal rsqrt "
-    "softplus tan".split()
-)
-_INTO_FLOAT32 = frozenset("cumprod cumsum log_softmax prod softmax sum".split())
+_NORMS = ("group_norm", "layer_norm", "rms_norm")
+_IN_FLOAT32 = frozenset((*_NORMS, "exp", "log", "logsumexp", "pow", "__pow__", "reciprocal", "rsqrt", "softplus"))
+_INTO_FLOAT32 = frozenset(("cumprod", "cumsum", "log_softmax", "prod", "softmax", "sum"))
 
 
 class FakeCuda(TorchFunctionMode):
@@ -46,7 +44,7 @@ class FakeCuda(TorchFunctionMode):
         if name in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _float32, (args, kwargs))
         elif name in _INTO_FLOAT32 and torch.is_autocast_enabled("cpu") and _is_half(args[0]):
-            kwargs.setdefault("dtype", torch.float32)
+            kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch.float32}
         return func(*args, **kwargs)
 
 

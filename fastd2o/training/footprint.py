@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ from fastd2o.data import Needs
 from fastd2o.errors import FastD2OError
 from fastd2o.models.head import open_heads, projecting
 from fastd2o.models.mode import evaluating
-from fastd2o.ops.plan import Plan
-from fastd2o.training.allocations import Allocations
+from fastd2o.ops.plan import Algorithm, Plan
+from fastd2o.training.allocations import WORKING, Allocations
 from fastd2o.training.datasets import context_length
 from fastd2o.training.fake_cuda import FakeCuda
 from fastd2o.training.objectives import Objective, Options, find_objective
@@ -45,12 +45,6 @@ DEVICES = ("cuda", "cpu")
 _GRANULARITY = {"cuda": 512, "cpu": 1}
 # bitsandbytes: one float32 scale for a block of so many 8-bit states, and smaller tensors not quantised.
 _STATE_BLOCK, _LEAST_QUANTISED = 256, 4096
-_FAKE_FAILURES = (
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-    fake_tensor.UnsupportedOperatorException,
-    fake_tensor.UnsupportedFakeTensorException,
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,6 @@ class TrainingStep:
         gradient_accumulation_steps: micro-batches of a step.
         memory_budget: bytes that the fused head may take, see :class:`fastd2o.PreferenceConfig`.
         device: ``"cuda"`` or ``"cpu"``, where it is to run.
-        backend: of the fused head; None: what the engine chooses for the device.
 
     Raises:
         ValueError: a value that cannot be.
@@ -95,7 +88,6 @@ class TrainingStep:
     gradient_accumulation_steps: int = 1
     memory_budget: int | None = None
     device: str = "cuda"
-    backend: str | None = None
 
     def __post_init__(self) -> None:
         objective = self._objective
@@ -103,6 +95,8 @@ class TrainingStep:
         for name in ("groups", "prompt_length", "completion_length", "gradient_accumulation_steps", "positives"):
             if getattr(self, name) < least.get(name, 1):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least.get(name, 1)}")
+        if self.memory_budget is not None and self.memory_budget < 0:
+            raise ValueError(f"memory_budget is {self.memory_budget}, expected bytes, or None")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank is {self.lora_rank}, expected at least 1, or None")
         for name, known in (("optimizer", OPTIMIZERS), ("device", DEVICES)):
@@ -121,11 +115,6 @@ class TrainingStep:
     def reference(self) -> bool:
         """Whether a reference scores the batch in every step."""
         return self._objective.reference and not self.precompute_ref_log_probs
-
-    @property
-    def separable(self) -> bool:
-        """Whether the loss is a sum over groups."""
-        return self._objective.separable
 
     @property
     def positive_rows(self) -> int:
@@ -147,10 +136,27 @@ class TrainingStep:
         """T, tokens of a micro-batch whose log-probability is asked for."""
         return self.rows * self.completion_length
 
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """Of the matrix products."""
-        return torch.bfloat16 if self.bf16 else self.dtype
+    def algorithm(self, *, trained: bool) -> Algorithm:
+        """Of the fused head, whose weight trains or does not."""
+        if not trained:
+            return "unit"
+        return "grouped" if self._objective.separable else "recompute"
+
+    def plan(self, algorithm: Algorithm, tokens: int, weight_shape: Sequence[int]) -> Plan:
+        """The engine's plan of a call on so many tokens with a weight ``[V, D]``."""
+        dtype = torch.bfloat16 if self.bf16 else self.dtype
+        # A loss that is no sum over groups keeps what a part could have kept, see linear_grouped.
+        plan = Plan.choose(
+            tokens=tokens,
+            vocab_size=weight_shape[0],
+            hidden_size=weight_shape[1],
+            algorithm="grouped" if algorithm == "recompute" else algorithm,
+            dtype=dtype,
+            device=self.device,
+            cast_weight=self.dtype != dtype,
+            memory_budget=self.memory_budget,
+        )
+        return replace(plan, algorithm=algorithm, part_tokens=None) if algorithm == "recompute" else plan
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class Footprint:
         trained: parameters that train.
         head: what the fused head does under the policy: one plan, or Cringe's and that of the other tokens.
         head_frozen: whether the head's weight is.
-        moments: for each of ``reference``, ``forward``, ``backward`` and ``optimizer`` that the step has: bytes by part,
+        moments: for each of ``reference``, ``forward``, ``backward`` and ``optimizer`` that the step has, bytes by part
             when most were taken. Parts: ``weights``; ``reference``, the weights of a second model; ``gradients``;
             ``optimizer``, its states; ``activations``, what the policy's forward leaves for its backward; ``head``;
             ``working memory``, everything else.
@@ -200,11 +206,13 @@ def footprint(step: TrainingStep) -> Footprint:
         try:
             with run.mode, run.record:
                 run()
-        except _FAKE_FAILURES as error:
+        except FastD2OError:
+            raise
+        except RuntimeError as error:  # fake tensors have many ways to say that they cannot
             raise FastD2OError(
-                f"{_name(step.model)} cannot be planned: its forward depends on numbers, which a model without weights "
-                f"does not have ({_first_line(error)}). Fix: plan a dense model of like size, or take one step on the "
-                "device (fastd2o train --max_steps 1) and look at torch.cuda.max_memory_allocated()"
+                f"{_name(step.model)} cannot be run without its numbers: {_first_line(error)}. Fix: dtype=bfloat16 if "
+                "that is about a dtype; else plan another model of like size, or take one step on the device and read "
+                "torch.cuda.max_memory_allocated()"
             ) from error
     return Footprint(
         step=step,
@@ -231,14 +239,15 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what libraries have to say about a model that is never used."""
-    from transformers.utils import logging as theirs
-
-    level = theirs.get_verbosity()
-    theirs.set_verbosity(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("transformers", fake_tensor.__name__)]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         yield
     finally:
-        theirs.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -260,7 +269,7 @@ class _FakeModel:
             if not trained:
                 module.requires_grad_(False)
             elif step.lora_rank is not None:
-                module = _with_adapter(module, step)
+                module = _with_adapter(module, step.lora_rank, checkpointing=step.gradient_checkpointing)
         disable_dropout(module)
         with mode:
             _make_fake(module)
@@ -305,11 +314,11 @@ def _causal_lm(step: TrainingStep) -> PreTrainedModel:
     return model
 
 
-def _with_adapter(model: PreTrainedModel, step: TrainingStep) -> Any:
+def _with_adapter(model: PreTrainedModel, rank: int, *, checkpointing: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=step.lora_rank, target_modules="all-linear"))
-    if step.gradient_checkpointing:
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"))
+    if checkpointing:
         adapted.enable_input_require_grads()  # as wrap_peft does
     return adapted
 
@@ -322,11 +331,14 @@ def _make_fake(module: nn.Module) -> None:
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            made[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+            made[id(tensor)] = (
+                nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+            )
         return made[id(tensor)]
 
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers, part.__dict__):
+        held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers, part.__dict__)
+        for tensors in held:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor) and tensor.is_meta:
                     tensors[name] = fake(tensor)
@@ -400,9 +412,10 @@ class _Run:
             "input_ids": torch.zeros((step.rows, step.length), dtype=torch.int64),
             "attention_mask": torch.ones((step.rows, step.length), dtype=torch.int64),
         }
+        record.claim(batch.values(), WORKING)
         reference = self.reference
         if reference is not None:
-            plans = (_choose(step, reference.head_weight, "forward", step.counted),)
+            plans = (step.plan("forward", step.counted, reference.head_weight.shape),)
             with record.during("reference"), torch.no_grad(), evaluating(reference.module), reference.without_adapter():
                 self._forward(reference, batch, plans)
         with record.during("forward"):
@@ -448,7 +461,7 @@ class _EightBitAdam(torch.optim.Optimizer):
     kernels update in place."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make the states of parameters that have none."""
         whole = {id(parameter) for parameter in self.defaults["whole"]}
         for group in self.param_groups:
@@ -470,31 +483,15 @@ class _EightBitAdam(torch.optim.Optimizer):
 def _plans(step: TrainingStep, weight_VD: Tensor) -> tuple[Plan, ...]:
     """What scoring makes of a micro-batch (:func:`fastd2o.training.scoring.score`), call by call."""
     objective = find_objective(step.objective)
-    trained, counted, calls = weight_VD.requires_grad, step.counted, []
+    counted, calls = step.counted, []
     if objective.cringe:
-        calls.append(_choose(step, weight_VD, "cringe", step.groups * step.completion_length))
+        negatives = step.groups * step.completion_length
+        calls.append(step.plan("cringe", negatives, weight_VD.shape))
         if not objective.negative_gradient(Options(**objective.options)):
-            counted -= step.groups * step.completion_length
+            counted -= negatives
     if counted:
-        plan = _choose(step, weight_VD, "grouped" if trained else "unit", counted)
-        if trained and not step.separable:
-            plan = replace(plan, algorithm="recompute", part_tokens=None)  # as linear_grouped does
-        calls.append(plan)
+        calls.append(step.plan(step.algorithm(trained=weight_VD.requires_grad), counted, weight_VD.shape))
     return tuple(calls)
-
-
-def _choose(step: TrainingStep, weight_VD: Tensor, algorithm: Any, tokens: int) -> Plan:
-    return Plan.choose(
-        tokens=tokens,
-        hidden_size=weight_VD.shape[1],
-        vocab_size=weight_VD.shape[0],
-        algorithm=algorithm,
-        dtype=step.product_dtype,
-        device=step.device,
-        cast_weight=weight_VD.dtype != step.product_dtype,
-        backend=step.backend,
-        memory_budget=step.memory_budget,
-    )
 
 
 class _StandIn(torch.autograd.Function):
