@@ -6,7 +6,7 @@ Ours, the same trainer with full logits, then log-softmax in float32 (eager), an
 the other two take the place of FastD2O's operators in the trainer's scoring, and everything else stays. Full training
 and LoRA, in bfloat16, on random weights. They take turns; time is the median, and its ratio to ours the median of those
 within a round. Memory is the most that was alive beyond weights, gradients and the optimiser's state. Written to
-benchmarks/results/.
+benchmarks/results/. On the CPU the allocator keeps its memory, as in benchmarks/preference.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from benchmarks.instruments import peak, timed
 from benchmarks.logprob import machine
+from benchmarks.preference import keep_memory
 from benchmarks.results import FOLDER, median_ratio
 from fastd2o import PreferenceConfig, PreferenceTrainer
 from fastd2o.data import PreferenceCollator
@@ -51,6 +52,7 @@ Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main(argv: list[str] | None = None) -> None:
     """Measure, write, show."""
     arguments = parse(argv)
+    keep_memory()
     logging.set_verbosity_error()
     rows = [row for lora in (False, True) for row in measure(arguments, lora)]
     result = {

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastd2o.ops.backends import tile_dtype, tile_ops
 from fastd2o.ops.counted import Counted
 from fastd2o.ops.kept import Kept, active_columns
+from fastd2o.ops.pages import in_huge_pages
 from fastd2o.ops.plan import GATHER_BYTES, kept_columns
 from fastd2o.ops.tile_ops import FoldState, FusedOps, LogitTransform, StatisticsState, TileOps, TopKState
 from fastd2o.ops.torch_tile_ops import locate, scale_rows
@@ -265,30 +266,39 @@ class HeadGradients:
     @classmethod
     def of_one_sweep(cls, head: Head, *, need_weight: bool, need_bias: bool) -> HeadGradients:
         """Memory for the gradients of one backward, each entry to be rounded once from its sum."""
-        return cls._of(torch.empty_like, head, need_weight, need_bias)
+        weight_VD, bias_V = head.weight_VD, head.bias_V
+        return cls._empty(
+            head, weight_VD.dtype, None if bias_V is None else bias_V.dtype, need_weight, need_bias, False
+        )
 
     @classmethod
     def zeros(cls, head: Head, dtype: torch.dtype | None, *, need_weight: bool, need_bias: bool) -> HeadGradients:
         """Zeros to add to: in the dtype of sums for several backwards, or in weight's and bias's own (None) for one
         that does not reach every entry."""
-        return cls._of(torch.zeros_like, head, need_weight, need_bias, dtype, accumulate=True)
+        weight_VD, bias_V = head.weight_VD, head.bias_V
+        bias_dtype = None if bias_V is None else dtype or bias_V.dtype
+        gradients = cls._empty(head, dtype or weight_VD.dtype, bias_dtype, need_weight, need_bias, True)
+        gradients.zero_()
+        return gradients
 
     @classmethod
-    def _of(
+    def _empty(
         cls,
-        make: Callable[..., Tensor],
         head: Head,
+        weight_dtype: torch.dtype,
+        bias_dtype: torch.dtype | None,
         need_weight: bool,
         need_bias: bool,
-        dtype: torch.dtype | None = None,
-        accumulate: bool = False,
+        accumulate: bool,
     ) -> HeadGradients:
-        weight_VD, bias_V = head.weight_VD, head.bias_V
-        return cls(
-            make(weight_VD, dtype=dtype, memory_format=torch.contiguous_format) if need_weight else None,
-            make(bias_V, dtype=dtype) if need_bias and bias_V is not None else None,
-            accumulate,
-        )
+        weight_VD = bias_V = None
+        if need_weight:
+            weight_VD = in_huge_pages(
+                torch.empty_like(head.weight_VD, dtype=weight_dtype, memory_format=torch.contiguous_format)
+            )
+        if need_bias and head.bias_V is not None:
+            bias_V = torch.empty_like(head.bias_V, dtype=bias_dtype)
+        return cls(weight_VD, bias_V, accumulate)
 
     def zero_(self) -> None:
         """No gradient after all."""

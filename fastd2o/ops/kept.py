@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastd2o.ops.pages import in_huge_pages
 from fastd2o.ops.tile_ops import TileOps
 
 # Columns are dropped in so many steps of equal size. The sums of a step over its columns are a product with B columns.
@@ -46,7 +47,7 @@ class Kept:
         """Memory for the first ``columns``, of every token of ``hidden_TD`` and in its dtype."""
         tokens, slabs = len(hidden_TD), -(-columns // block_vocab)
         return cls(
-            hidden_TD.new_empty(columns * tokens),
+            in_huge_pages(hidden_TD.new_empty(columns * tokens)),
             hidden_TD.new_empty((slabs, tokens, 1), dtype=sum_dtype),
             columns,
             block_vocab,
