@@ -8,9 +8,9 @@ algorithm is made of (benchmarks/products.py), and to our own recompute; all tak
 those within a round. Memory is the most that was alive beyond inputs, results and gradients. What a backward costs is
 the time beyond that of the same call without a gradient. Written to benchmarks/results/.
 
-On the CPU it starts itself again with an allocator that keeps its memory: what the C library returns to the system at the
-end of a call is cleared by the system, page by page, in the next, which takes as long as 1 T·D·V here. That is true of
-every contestant with much memory, and advice for training on CPUs in general (docs/engine.md).
+On the CPU it starts itself again with an allocator that keeps its memory: what the C library returns to the system at
+the end of a call is cleared by the system, page by page, in the next, which takes as long as 1 T·D·V here. That is true
+of every contestant with much memory, and advice for training on CPUs in general (docs/engine.md).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = Inputs.random(arguments.tokens, arguments.hidden, arguments.vocab, dtype, arguments.device)
     shape = {name: getattr(arguments, name) for name in ("tokens", "hidden", "vocab", "dtype")}
     result = measure(inputs, Result(machine(arguments.device), shape), arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     show(console, result)
     console.print(f"written to {result.write(arguments.out)}", highlight=False)
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 def results(folder: Path) -> list[Result]:
     """All results with every case, smaller shapes first."""
-    found = [Result.read(path) for path in folder.glob("*.json")]
+    found = [Result.read(path) for path in folder.glob("*-t*-d*-v*.json")]
     whole = [result for result in found if {row.case for row in result.rows} == set(CASES)]
     return sorted(whole, key=lambda result: [result.kind, *(result.shape[n] for n in ("dtype", "vocab", "tokens"))])
 

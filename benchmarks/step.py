@@ -6,13 +6,14 @@ Ours, the same trainer with full logits, then log-softmax in float32 (eager), an
 the other two take the place of FastD2O's operators in the trainer's scoring, and everything else stays. Full training
 and LoRA, in bfloat16, on random weights. They take turns; time is the median, and its ratio to ours the median of those
 within a round. Memory is the most that was alive beyond weights, gradients and the optimiser's state. Written to
-benchmarks/results/. On the CPU the allocator keeps its memory, as in benchmarks/preference.py.
+benchmarks/results/step/. On the CPU the allocator keeps its memory, as in benchmarks/preference.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -60,10 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         "shape": {name: getattr(arguments, name) for name in SHAPE},
         "rows": rows,
     }
-    path = arguments.out / f"{arguments.device}-step-k{arguments.positives}-v{arguments.vocab}.json"
+    path = arguments.out / f"{arguments.device}-k{arguments.positives}-v{arguments.vocab}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(Console(), result)
+    show(Console(width=None if sys.stdout.isatty() else 140), result)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=FOLDER / "step", help="folder to write to")
     return parser.parse_args(argv)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastd2o
-from benchmarks import every_kernel, logprob, readme
+from benchmarks import every_kernel, logprob, preference, readme, step
 from benchmarks.cases import CASES
 from benchmarks.contestants import Contestant, load
 from benchmarks.measure import Inputs, enough_rounds, measure
@@ -26,7 +27,54 @@ def inputs(case: str, tokens: int = 7) -> Inputs:
     return Inputs.random(CASES[case], tokens, hidden_size=8, vocab_size=50, dtype=torch.float32, device="cpu")
 
 
+@pytest.fixture
+def allocator_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a benchmark can see, which would start itself anew otherwise."""
+    for name, value in preference.KEEP_MEMORY.items():
+        monkeypatch.setenv(name, value)
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("allocator_keeps_memory")
+def test_a_preference_loss_from_command_line_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preference.main(["--tokens", "512", "--hidden", "16", "--vocab", "200", "--rounds", "1", "--out", str(tmp_path)])
+    result = Result.read(tmp_path / "cpu-t512-d16-v200-bfloat16-preference.json")
+    rows = {row.contestant: row for row in result.rows}
+    assert rows[FLOOR].over_products == rows["recompute"].over_fastd2o == 1.0
+    assert "6 T·D·V" in result.floors["preference"]
+    assert rows["grouped, half saturated"].errors.keys() == {"backward_over_unsaturated"}
+    assert all(row.extra_megabytes is not None for name, row in rows.items() if name != FLOOR)
+    assert "backward ≤ 0.60" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        preference.main(["--tokens", "100"])
+
+
+@pytest.mark.usefixtures("allocator_keeps_memory")
+def test_a_step_from_command_line_to_file(tmp_path: Path) -> None:
+    """Three ways to a log-probability have one loss."""
+    pytest.importorskip("trl")
+    small = [
+        "--positives",
+        "2",
+        "--completion",
+        "6",
+        "--prompt",
+        "3",
+        "--hidden",
+        "64",
+        "--layers",
+        "1",
+        "--vocab",
+        "300",
+    ]
+    step.main([*small, "--rounds", "1", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "cpu-k2-v300.json").read_text())["rows"]
+    assert [(row["training"], row["contestant"]) for row in rows] == [
+        (training, name) for training in ("full", "LoRA") for name in ("fastd2o", "eager", "trl chunked")
+    ]
+    assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-2) for row in rows)
 
 
 def test_a_run_from_command_line_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

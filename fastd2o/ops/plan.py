@@ -199,8 +199,8 @@ class Plan:
     def _in_parts(self, budget: int) -> Plan:
         """All tokens at once if the budget lets them; else parts, which have to be summed, if that pays."""
         whole = self._keeping(budget - self.extra_bytes)
-        # Parts add to sums of [V, D]: as much work as forming less than half of the logits again.
-        if 2 * whole.kept_columns >= self.vocab_size:
+        # Every part adds to sums of [V, D]: no less work than to form a quarter of the logits again.
+        if 4 * whole.kept_columns >= 3 * self.vocab_size:
             return whole
         # What a part takes besides grows with it up to one tile.
         for largest in (self.tokens, _LEAST_PART_TOKENS):
