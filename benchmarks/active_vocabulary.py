@@ -41,7 +41,7 @@ from benchmarks.measure import enough_rounds
 from benchmarks.results import FOLDER, median_ratio
 from fastd2o.losses import Groups, d2o_loss
 
-TOLERANCES = (0.0, 1e-2, 1e-3, 1e-4)
+TOLERANCES = (0.0, 1e-1, 1e-2, 1e-3, 1e-4)
 DTYPES = (torch.bfloat16, torch.float32)
 # Cut Cross-Entropy skips a block of the gradient if every entry is smaller than this, before the loss's coefficient.
 FILTER = 2.0**-12
@@ -90,6 +90,7 @@ SETTINGS = (
     Setting(512),
     Setting(2048),
     Setting(2048, text="training"),
+    Setting(512, sharpness=2.0),
     Setting(2048, sharpness=2.0),
     Setting(2048, sharpness=4.0),
     Setting(2048, trained=False),
@@ -132,6 +133,9 @@ class Tolerance:
         active_columns: share of the columns that the gradients are formed of, whose rows of dW are not 0.
         one_token, most_demanding: share that one token would need by itself, on average and the largest.
         of_bound: errors over their bounds: of the row of dX where that is largest, of dW, of the gradient of a bias.
+        on_average: share of the columns that are needed if the tolerance is for the mean over tokens, weighted with the
+            bound of each one's dW, in place of each token.
+        errors_on_average: of the gradients that are formed of these, as in :class:`Row`.
     """
 
     tol: float
@@ -139,6 +143,8 @@ class Tolerance:
     one_token: float
     most_demanding: float
     of_bound: dict[str, float]
+    on_average: float
+    errors_on_average: dict[str, float]
 
 
 @dataclass
@@ -495,6 +501,11 @@ class Exact:
         bias_V = problem.weight.new_zeros(len(problem.weight))
         exact_bias_V = (self.unit_TV() * self.coef_T1).sum(0)
         up_to_TV = self.softmax_TV.sort(dim=1).values.cumsum(1)
+        weight_T = coef_T * problem.hidden.norm(dim=1)
+        average_V = (weight_T / weight_T.sum()) @ self.softmax_TV
+        average_V[problem.target] = 1.0
+        up_to_V, order_V = average_V.sort()
+        up_to_V = up_to_V.cumsum(0)
         found = []
         for tol in TOLERANCES[1:]:
             needed_T = (up_to_TV > tol).double().mean(1)
@@ -502,10 +513,11 @@ class Exact:
             error_X, error_W = self.differences([hidden, weight])
             bounds = {
                 "hidden_gradient": coef_T * tol * problem.weight.norm(dim=1).max(),
-                "weight_gradient": (coef_T * tol * problem.hidden.norm(dim=1)).sum(),
+                "weight_gradient": (weight_T * tol).sum(),
                 "bias_gradient": (coef_T * tol).sum(),
             }
             errors = (error_X.norm(dim=1), error_W.norm(), (bias - exact_bias_V).norm())
+            needed_V = torch.empty_like(up_to_V).index_copy_(0, order_V, (up_to_V > tol).double())
             found.append(
                 Tolerance(
                     tol=tol,
@@ -516,6 +528,8 @@ class Exact:
                         name: float((error / bound).max())
                         for (name, bound), error in zip(bounds.items(), errors, strict=True)
                     },
+                    on_average=float(needed_V.mean()),
+                    errors_on_average=self.errors(self.of(self.unit_TV().mul_(needed_V))),
                 )
             )
         return found
@@ -607,9 +621,9 @@ def show(console: Console, figures: list[Figures]) -> None:
     console.print(table)
 
     table = _table(
-        "Columns that one token needs (mean, most) and that all need together; error over bound, in float64",
+        "Columns that one token needs (mean, most), that all need, error over bound; that all need on average, error",
         [""],
-        ["entropy", "tol", "one", "most", "all", "dX", "dW", "db"],
+        ["entropy", "tol", "one", "most", "all", "dX", "dW", "db", "average", "dX", "worst", "dW"],
     )
     for of_setting in figures:
         for of_tol in of_setting.tolerances:
@@ -620,6 +634,8 @@ def show(console: Console, figures: list[Figures]) -> None:
                 f"{of_tol.tol:g}",
                 *(f"{share:.1%}" for share in shares),
                 *(f"{value:.3f}" for value in of_tol.of_bound.values()),
+                f"{of_tol.on_average:.1%}",
+                *_errors(of_tol.errors_on_average),
             )
     console.print(table)
 
