@@ -25,7 +25,7 @@ from fastd2o.losses.fused import (
     sum_segments,
 )
 from fastd2o.ops.grouped import Part, linear_grouped
-from fastd2o.ops.logprob import HeadOptions, LogprobOptions
+from fastd2o.ops.logprob import HeadOptions, LogprobOptions, without_autocast
 from fastd2o.ops.plan import Plan
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Groups:
 
 Objective = Callable[[Tensor, "Tensor | None", Groups], Tensor]
 """A loss of one's own: log-probabilities of sequences [S] under the policy, the same under the reference (None without
-``ref_logp``), and their groups -> the loss [G] of each group. It may be called with some of the groups at a time."""
+``ref_logp``), and their groups -> the loss [G] of each group. It may be called with some of the groups at a time, whose
+sequences come in the caller's order: what it needs of each sequence besides has to follow from its arguments."""
 
 
 class PreferenceOutput(NamedTuple):
@@ -166,6 +167,8 @@ def linear_preference_loss(
         TypeError, ValueError: input that does not fit, as in ``linear_logprob`` and ``grouped_loss``; an option that
             the objective does not have.
     """
+    if isinstance(groups, Groups) and isinstance(groups.group, Tensor) and isinstance(hidden, Tensor):
+        checks.same_device(**{"hidden": hidden, "groups.group": groups.group})
     call = _Call.checked(groups, objective, ref_logp, options, group_weight, reduction)
     checks.non_negative(coefficient_tol=coefficient_tol, vocab_mass_tol=vocab_mass_tol)
     unknown = set(head) - set(LogprobOptions.__annotations__) - set(HeadOptions.__annotations__)
@@ -193,11 +196,13 @@ def linear_preference_loss(
         )
 
     result = run(separable=True)
-    if result.parts > 1 and not call.is_a_sum():
+    if result.parts > 1 and not call.is_a_sum(result.loss.dtype):
+        tokens = result.plan.tokens
+        del result  # and the gradients it holds
         warnings.warn(
             "the objective is not a sum over groups: on all of them at once it is not what it is on some of them at a "
             "time. All gradients are formed again, in one piece. Fix: memory_budget= large enough for one part "
-            f"({result.plan.tokens} tokens), or compute it from fastd2o.sequence_logprob",
+            f"({tokens} tokens), or compute it from fastd2o.sequence_logprob",
             FastD2OWarning,
             stacklevel=2,
         )
@@ -315,10 +320,8 @@ class _Call:
         length_S = segment_lengths(part.sequence_start, len(token_logp))
         if not isinstance(self.objective, str):
             logp_S = sum_segments(token_logp, length_S)
-            if logp_S.requires_grad:
-                logp_S.register_hook(lambda gradient: self._remember(part.sequences, gradient))
-            own = segment_owner(segment_lengths(part.group_start, len(positive_S)), len(positive_S))
-            return self._by_callable(logp_S, reference_S, Groups(own, positive_S, len(part.groups))), logp_S
+            own_S = segment_owner(segment_lengths(part.group_start, len(positive_S)), len(positive_S))
+            return self._in_given_order(part, logp_S, reference_S, own_S), logp_S
         if self.objective == "ipo" or self.options.get("length_normalize"):
             empty = part.sequences[length_S == 0].tolist()
             if empty:
@@ -341,6 +344,15 @@ class _Call:
         )
         return result.loss, result.sequence_logp
 
+    def _in_given_order(self, part: Part, logp_S: Tensor, reference_S: Tensor | None, own_S: Tensor) -> Tensor:
+        """A callable's [G'] losses, its sequences in the order in which the caller has them, not group by group."""
+        sequences, order = part.sequences.sort()
+        groups = Groups(own_S[order], self.groups.positive[sequences], len(part.groups))
+        logp_S = logp_S[order]
+        if logp_S.requires_grad:
+            logp_S.register_hook(lambda gradient: self._remember(sequences, gradient))
+        return self._by_callable(logp_S, None if reference_S is None else reference_S[order], groups)
+
     def _by_callable(self, logp_S: Tensor, reference_S: Tensor | None, groups: Groups) -> Tensor:
         assert not isinstance(self.objective, str)
         loss_G = self.objective(logp_S, reference_S, groups)
@@ -352,18 +364,18 @@ class _Call:
     def _remember(self, sequences: Tensor, gradient: Tensor) -> None:
         self.coefficient[sequences] = gradient.to(self.coefficient.dtype)
 
-    def is_a_sum(self) -> bool:
+    def is_a_sum(self, dtype: torch.dtype) -> bool:
         """Whether a callable's losses, and their derivatives by the log-probabilities, are on all groups at once what
-        they were on some of them at a time."""
+        they were on some of them at a time, in the same dtype."""
         if isinstance(self.objective, str):
             return True
-        logp_S = self.sequence_logp.detach().requires_grad_()
-        reference_S = None if self.ref_logp is None else self.ref_logp.to(logp_S.dtype)
-        with torch.enable_grad():
-            loss_G = self._by_callable(logp_S, reference_S, self.groups).to(logp_S.dtype)
+        logp_S = self.sequence_logp.to(dtype).requires_grad_()
+        reference_S = None if self.ref_logp is None else self.ref_logp.to(dtype)
+        with torch.enable_grad(), without_autocast(logp_S.device):
+            loss_G = self._by_callable(logp_S, reference_S, self.groups).double()
             total = torch.where(self.scale_G == 0, 0.0, self.scale_G * loss_G).sum()
         derivative = torch.autograd.grad(total, logp_S)[0] if total.requires_grad else torch.zeros_like(logp_S)
-        return _same(self.group_loss, loss_G.detach()) and _same(self.coefficient, derivative)
+        return _same(self.group_loss, loss_G.detach()) and _same(self.coefficient, derivative.double())
 
     def metrics(self) -> dict[str, Tensor]:
         """What there is to log, from the log-probabilities of all sequences."""

@@ -135,6 +135,10 @@ def choose_plan(
             "Plan.of(..., memory_budget=...)"
         )
     expected = Plan.of(hidden, weight, bias, **kind, backend=backend or plan.backend)
+    if plan.algorithm == "grouped" and grouped and expected.algorithm != "grouped":
+        # The same call without a gradient, or with a frozen head: there are no parts.
+        fused = fuses(plan.backend, expected.algorithm) and plan.fused
+        plan = replace(plan, algorithm=expected.algorithm, part_tokens=None, kept_bytes=0, fused=fused)
     for name in ("hidden_size", "vocab_size", "dtype", "device"):
         given, wanted = getattr(plan, name), getattr(expected, name)
         if given != wanted:
@@ -146,9 +150,10 @@ def choose_plan(
     else:
         fits = rank.index(plan.algorithm) >= rank.index(expected.algorithm)
     if not fits:
+        flags = "".join(f", {name}=True" for name, on in kind.items() if on)
         raise ValueError(
             f"plan.algorithm={plan.algorithm!r} cannot serve this call: expected {expected.algorithm!r}. Fix: "
-            "start from Plan.of(hidden, weight), or pass plan=None"
+            f"start from Plan.of(hidden, weight{flags}), or pass plan=None"
         )
     if backend is None or backend == plan.backend:
         return plan

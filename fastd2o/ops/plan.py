@@ -61,7 +61,8 @@ class Plan:
         block_vocab: vocabulary columns of one tile.
         dtype: of the matrix products.
         device: ``"cpu"`` or ``"cuda"``.
-        cast_weight: the weight has another dtype and is cast slab by slab.
+        weight_dtype: of the weight, and so of its gradient; None: that of the products. A weight of another dtype than
+            theirs is cast slab by slab.
         backend: of the tile operations, see :func:`fastd2o.backends`.
         fused: product and fold, or product and gradient, are one kernel, which only backend ``"triton"`` has, and not
             for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between.
@@ -82,7 +83,7 @@ class Plan:
     block_vocab: int
     dtype: torch.dtype
     device: str = "cpu"
-    cast_weight: bool = False
+    weight_dtype: torch.dtype | None = None
     backend: str = "torch"
     fused: bool = False
     compact: bool = True
@@ -139,7 +140,7 @@ class Plan:
             algorithm=algorithm,
             dtype=dtype,
             device=device,
-            cast_weight=weight.dtype != dtype,
+            weight_dtype=weight.dtype,
             backend=resolve(backend, device, dtype),
             memory_budget=resolve_budget(memory_budget, hidden.device),
         )
@@ -154,7 +155,7 @@ class Plan:
         algorithm: Algorithm = "recompute",
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cpu",
-        cast_weight: bool = False,
+        weight_dtype: torch.dtype | None = None,
         backend: str | None = None,
         memory_budget: int | None = None,
     ) -> Plan:
@@ -182,7 +183,7 @@ class Plan:
             block_vocab=min(columns, vocab_size),
             dtype=dtype,
             device=device,
-            cast_weight=cast_weight,
+            weight_dtype=weight_dtype,
             backend=backend,
             fused=fuses(backend, algorithm),
         )
@@ -193,7 +194,8 @@ class Plan:
         return plan
 
     def _keeping(self, free: int) -> Plan:
-        """With so many bytes at most for kept softmax weights."""
+        """With so many bytes at most for kept softmax weights, and what they are relative to."""
+        free -= self.tokens * self._maxima_bytes
         return replace(self, kept_bytes=min(max(0, free), self.tokens * self._row_bytes))
 
     def _in_parts(self, budget: int) -> Plan:
@@ -205,7 +207,7 @@ class Plan:
         # What a part takes besides grows with it up to one tile.
         for largest in (self.tokens, _LEAST_PART_TOKENS):
             parts = replace(self, part_tokens=max(1, min(largest, self.block_tokens)))
-            part_tokens = min(largest, (budget - parts.extra_bytes) // self._row_bytes)
+            part_tokens = min(largest, (budget - parts.extra_bytes) // (self._row_bytes + self._maxima_bytes))
             if part_tokens >= _LEAST_PART_TOKENS:
                 return replace(parts, part_tokens=part_tokens, kept_bytes=part_tokens * self._row_bytes)
         return whole
@@ -214,6 +216,17 @@ class Plan:
     def _row_bytes(self) -> int:
         """Of one token's softmax weights."""
         return self.vocab_size * self.dtype.itemsize
+
+    @property
+    def _maxima_bytes(self) -> int:
+        """Of what one token's softmax weights are relative to, a number for every slab."""
+        sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
+        return -(-self.vocab_size // self.block_vocab) * sums
+
+    @property
+    def cast_weight(self) -> bool:
+        """Whether the weight has another dtype than the products."""
+        return self.weight_dtype not in (None, self.dtype)
 
     @property
     def kept_columns(self) -> int:
@@ -259,8 +272,9 @@ class Plan:
         if self.algorithm == "unit":
             return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
         total += self.kept_columns * part * factor + -(-self.kept_columns // self.block_vocab) * part * sums
-        summed = self.part_tokens is not None or (self.algorithm == "grouped" and self.dtype == torch.float16)
-        if summed and factor < sums and not self.cast_weight:
+        weight_dtype = self.weight_dtype or self.dtype
+        summed = self.part_tokens is not None or (self.algorithm == "grouped" and weight_dtype == torch.float16)
+        if summed and weight_dtype.itemsize < sums:
             total += self.vocab_size * self.hidden_size * sums  # what the parts' gradients of the weight are added to
         # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
         return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)

@@ -153,7 +153,7 @@ class TrainingStep:
             algorithm="grouped" if algorithm == "recompute" else algorithm,
             dtype=dtype,
             device=self.device,
-            cast_weight=self.dtype != dtype,
+            weight_dtype=self.dtype,
             memory_budget=self.memory_budget,
         )
         return replace(plan, algorithm=algorithm, part_tokens=None) if algorithm == "recompute" else plan

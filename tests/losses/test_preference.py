@@ -550,7 +550,8 @@ class TestOracle:
         mixed = replace(case, hidden=case.hidden.to(hidden_dtype), weight=case.weight.to(weight_dtype))
         same = case.to(hidden_dtype)
         results = [
-            run(each, "sigmoid", plan=replace(tiles(same, way), cast_weight=each is mixed)) for each in (mixed, same)
+            run(each, "sigmoid", plan=replace(tiles(same, way), weight_dtype=each.weight.dtype))
+            for each in (mixed, same)
         ]
         assert torch.equal(results[0][0].loss, results[1][0].loss)
         for name, gradient in results[0][1].items():
@@ -1547,11 +1548,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "plan.vocab_size=99 but this call has 53",
     ),
-    "a plan for a frozen head": (
-        {"plan": tiles(SMALL), "weight": SMALL.weight},
-        ValueError,
-        "plan.algorithm='grouped' cannot serve this call: expected 'unit'",
-    ),
     "an option of linear_logprob that is none here": ({"stats": True}, TypeError, "stats"),
 }
 
@@ -1582,3 +1578,65 @@ class TestBadInput:
         logprob_plan = replace(tiles(SMALL), algorithm="grouped")
         with pytest.raises(ValueError, match="'grouped' cannot serve this call: expected 'recompute'"):
             fastd2o.linear_logprob(SMALL.hidden, SMALL.weight.clone().requires_grad_(), SMALL.target, plan=logprob_plan)
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+class TestOrder:
+    """Sequences of interleaved groups reach a callable in the caller's order."""
+
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_of_a_callable_that_knows_its_sequences(self, trained: bool):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+        weight = torch.randn(50, 8, generator=generator, dtype=torch.float64).requires_grad_(trained)
+        target = torch.randint(50, (12,), generator=generator)
+        groups = Groups(torch.tensor([0, 1, 0, 1]), torch.tensor([False, True, True, False]))
+        scale = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=torch.float64)
+        ref_logp = torch.arange(4.0, dtype=torch.float64)
+
+        def objective(logp: torch.Tensor, ref_logp: torch.Tensor | None, groups: Groups) -> torch.Tensor:
+            assert ref_logp is not None
+            assert ref_logp.tolist() == [0, 1, 2, 3]
+            return groups.positives(logp / scale) - groups.negatives(logp / scale)
+
+        ids = torch.arange(12) // 3
+        out = fastd2o.linear_preference_loss(
+            hidden.requires_grad_(), weight, target, ids, groups, objective=objective, ref_logp=ref_logp
+        )
+        logp = (hidden @ weight.T).log_softmax(-1)[range(12), target].view(4, 3).sum(1) / scale
+        expected = (logp[2] - logp[0] + logp[1] - logp[3]) / 2
+        torch.testing.assert_close(out.loss, expected)
+        ours, right = (torch.autograd.grad(loss, hidden)[0] for loss in (out.loss, expected))
+        torch.testing.assert_close(ours, right)
+
+    def test_the_whole_is_asked_in_the_dtype_of_its_parts(self):
+        """An objective that minds its dtype must not fail only where there are several parts."""
+
+        def objective(logp: torch.Tensor, ref_logp: torch.Tensor | None, groups: Groups) -> torch.Tensor:
+            loss = torch.zeros(groups.count)
+            loss[:] = groups.positives(logp) @ torch.eye(groups.count)
+            return loss
+
+        case = make_case(*RAGGED).to(torch.float32)
+        run(case, objective, plan=tiles(case, "parts"))
+
+
+@pytest.mark.parametrize("trained", [(), ("hidden",)])
+def test_a_grouped_plan_serves_without_its_gradients(trained: tuple[str, ...]):
+    out, _ = run(SMALL, "sigmoid", plan=tiles(SMALL), trained=trained)
+    assert out.plan.algorithm == ("unit" if trained else "forward")
+    torch.testing.assert_close(out.loss.detach(), run(SMALL, "sigmoid")[0].loss.detach())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_parts_are_paid_for_whatever_the_products_are(weight_dtype: torch.dtype):
+    """[V, D] float32 sums come on top where the weight's gradient is narrower."""
+    shape: dict[str, Any] = {"tokens": 16384, "hidden_size": 64, "vocab_size": 32000, "dtype": torch.float32}
+    plan = fastd2o.Plan.choose(**shape, algorithm="grouped", weight_dtype=weight_dtype, memory_budget=400 << 20)
+    assert plan.part_tokens is not None
+    assert plan.extra_bytes <= 400 << 20
+    more = plan.extra_bytes - replace(plan, weight_dtype=torch.float32).extra_bytes
+    sums, slab = (64 * columns * 4 for columns in (32000, plan.block_vocab))  # and a slab of the weight, cast
+    assert more == (0 if weight_dtype == torch.float32 else sums + slab)
