@@ -24,7 +24,7 @@ def gradients(case: Case, inputs: dict[str, Tensor], loss: Tensor) -> dict[str, 
 
 def test_every_public_loss_is_covered():
     functions = {getattr(case.loss, "func", case.loss) for case in CASES}
-    elsewhere = {losses.cringe_token_loss, losses.grouped_loss}
+    elsewhere = {losses.cringe_token_loss, losses.grouped_loss, losses.linear_preference_loss}
     assert functions | elsewhere == {getattr(losses, name) for name in losses.__all__ if name.endswith("_loss")}
 
 
