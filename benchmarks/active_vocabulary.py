@@ -35,11 +35,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import fastd2o
-from benchmarks.instruments import timed
-from benchmarks.logprob import machine
-from benchmarks.measure import enough_rounds
-from benchmarks.results import FOLDER, median_ratio
 from fastd2o.losses import Groups, d2o_loss
+
+from .contest import Patience
+from .instruments import timed
+from .results import FOLDER, machine, median_ratio
 
 TOLERANCES = (0.0, 1e-1, 1e-2, 1e-3, 1e-4)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -583,7 +583,7 @@ def measure_dtype(problem: Problem, title: str, rounds: int) -> list[Row]:
     shares = {tol: share for tol, (share, _) in found.items()}
     del exact, found
     times: dict[float, list[float]] = {tol: [] for tol in runs}
-    rounds = enough_rounds(timed(runs[0.0], "cpu"), rounds)
+    rounds = Patience(rounds=rounds).rounds_of(timed(runs[0.0], "cpu"))
     for _ in track(range(rounds), description=f"{title}: {rounds} rounds of {len(runs)}"):
         for tol, run in runs.items():
             times[tol].append(timed(run, "cpu"))

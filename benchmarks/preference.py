@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,13 +30,13 @@ from rich.table import Table
 from torch import Tensor
 
 import fastd2o
-from benchmarks.instruments import peak, timed
-from benchmarks.logprob import machine
-from benchmarks.products import Products
-from benchmarks.results import FLOOR, FOLDER, Result, Row, median_ratio
 from fastd2o import Groups
 from fastd2o.ops import Plan
 from fastd2o.ops.plan import DEFAULT_BUDGET
+
+from .instruments import Lap, lap, peak
+from .products import Products
+from .results import FLOOR, FOLDER, Contest, Report, Row, machine, median_ratio
 
 SEQUENCES = 4  # of a group: a negative and three anchors
 TOKENS_PER_SEQUENCE = 64
@@ -129,10 +130,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = getattr(torch, arguments.dtype)
     inputs = Inputs.random(arguments.tokens, arguments.hidden, arguments.vocab, dtype, arguments.device)
     shape = {name: getattr(arguments, name) for name in ("tokens", "hidden", "vocab", "dtype")}
-    result = measure(inputs, Result(machine(arguments.device), shape), arguments)
+    contest = measure(inputs, shape, arguments)
+    report = Report(machine(arguments.device), [contest])
     console = Console(width=None if sys.stdout.isatty() else 140)
-    show(console, result)
-    console.print(f"written to {result.write(arguments.out)}", highlight=False)
+    show(console, report.machine, contest)
+    path = report.write(arguments.out / f"{arguments.device}-preference.json")
+    console.print(f"written to {path}", highlight=False)
 
 
 def keep_memory() -> None:
@@ -160,7 +163,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def measure(inputs: Inputs, result: Result, arguments: argparse.Namespace) -> Result:
+def measure(inputs: Inputs, shape: dict[str, Any], arguments: argparse.Namespace) -> Contest:
     """All contestants, taking turns."""
     device = arguments.device
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
@@ -179,25 +182,25 @@ def measure(inputs: Inputs, result: Result, arguments: argparse.Namespace) -> Re
     }
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    laps: dict[str, list[Lap]] = {name: [] for name in runs}
     for _ in track(range(arguments.rounds), description=f"{arguments.rounds} rounds of {len(runs)}"):
         for name, run in runs.items():
-            times[name].append(timed(run, device))
-    result.floors["preference"] = str(products)
+            laps[name].append(lap(lambda mark, run=run: run(), device))  # type: ignore[misc]
+    rows = []
     for name, run in runs.items():
-        row = Row("preference", name)
-        row.record(times[name], times[FLOOR], times[RECOMPUTE])
+        row = Row(name)
+        row.record(laps[name], laps[FLOOR], laps[RECOMPUTE])
         if name != FLOOR:
             trained = 0 if name == FORWARD else hidden.nbytes + (0 if name == "frozen head" else weight.nbytes)
             row.extra_megabytes = (peak(run, device) - trained) / 1e6
-        result.rows.append(row)
+        rows.append(row)
     backwards = {
-        name: [total - forward for total, forward in zip(times[name], times[FORWARD], strict=True)]
+        name: [total.both - forward.both for total, forward in zip(laps[name], laps[FORWARD], strict=True)]
         for name in (OURS, HALF)
     }
-    half = next(row for row in result.rows if row.contestant == HALF)
+    half = next(row for row in rows if row.contestant == HALF)
     half.errors["backward_over_unsaturated"] = median_ratio(backwards[HALF], backwards[OURS])
-    return result
+    return Contest("preference", shape, str(products), products.flops, rows)
 
 
 def _frozen(inputs: Inputs) -> Inputs:
@@ -205,17 +208,17 @@ def _frozen(inputs: Inputs) -> Inputs:
     return Inputs(**fields)
 
 
-def show(console: Console, result: Result) -> None:
+def show(console: Console, machine: dict[str, Any], contest: Contest) -> None:
     """A table of all contestants."""
-    shape = result.shape
+    shape = contest.shape
     console.print(
         f"{shape['tokens']} tokens x {shape['hidden']} x {shape['vocab']} vocabulary, {shape['dtype']}; D2O, groups of "
         f"{SEQUENCES} x {TOKENS_PER_SEQUENCE} tokens; budget {DEFAULT_BUDGET / 1e6:.0f} MB; "
-        + ", ".join(f"{name} {value}" for name, value in result.machine.items() if name != "kind"),
+        + ", ".join(f"{name} {value}" for name, value in machine.items() if name != "kind"),
         highlight=False,
     )
     table = Table("contestant", "seconds", "/ products", "/ recompute", "MB", "target")
-    for row in result.rows:
+    for row in contest.rows:
         memory = "" if row.extra_megabytes is None else f"{row.extra_megabytes:,.0f}"
         ratios = [f"{value:.3f}" for value in (row.over_products, row.over_fastd2o) if value is not None]
         target = TARGETS.get(row.contestant, "")
@@ -223,7 +226,7 @@ def show(console: Console, result: Result) -> None:
             target += f": {row.errors['backward_over_unsaturated']:.2f}"
         table.add_row(row.contestant, f"{row.seconds:.3g}", *ratios, memory, target)
     console.print(table)
-    console.print(f"{FLOOR}: {result.floors['preference']}", highlight=False)
+    console.print(f"{FLOOR}: {contest.floor}", highlight=False)
 
 
 if __name__ == "__main__":

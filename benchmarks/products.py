@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.instruments import timed
 from fastd2o.ops.plan import Algorithm, Plan
+
+from .instruments import timed
 
 # Algorithm -> its sweeps over the vocabulary, each with the products that it does on every tile.
 _SWEEPS: dict[Algorithm, tuple[tuple[str, ...], ...]] = {
@@ -81,14 +82,20 @@ class Products:
                     if dweight_VD is not None:
                         torch.mm(tile_TN.t(), block_TD, out=dweight_VD[columns])
 
+    @property
+    def flops(self) -> int:
+        """Of all products."""
+        return self._multiples * self.hidden_TD.numel() * len(self.weight_VD)
+
+    @property
+    def _multiples(self) -> int:
+        """Of T·D·V."""
+        return 2 * sum(map(len, _SWEEPS[self.algorithm]))
+
     def __str__(self) -> str:
-        number = 2 * sum(map(len, _SWEEPS[self.algorithm]))
-        flops = number * self.hidden_TD.numel() * len(self.weight_VD)
         dtype = str(self.hidden_TD.dtype).removeprefix("torch.")
-        return (
-            f"torch.mm in {dtype}, {number} T·D·V = {flops / 1e12:.3g} TFLOP, tiles of {self.block_tokens} x "
-            f"{self.block_vocab}"
-        )
+        work = f"{self._multiples} T·D·V = {self.flops / 1e12:.3g} TFLOP"
+        return f"torch.mm in {dtype}, {work}, tiles of {self.block_tokens} x {self.block_vocab}"
 
 
 def _blocks(length: int, step: int) -> Iterator[slice]:

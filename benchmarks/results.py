@@ -1,37 +1,56 @@
-"""What a run leaves: rows of figures, a file of them, and whether the targets are met."""
+"""What a run leaves: a report of contests, each with a row of figures for each contestant; are targets met?"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CASES, TIMES_FASTER
+import torch
 
+from .cases import CASES, TARGET_SHAPES, TIMES_FASTER, Shape
+from .instruments import Lap
+
+SCHEMA = 2  # of the file; 1 had a file for each shape
 FOLDER = Path(__file__).parent / "results"
 FLOOR = "products alone"
+# Whose versions matter to somebody's figures.
+_LIBRARIES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+
+
+class WrongError(Exception):
+    """Something else than what was asked for has been computed."""
 
 
 @dataclass
 class Row:
-    """One contestant at one case.
+    """One contestant in one contest.
 
     Attributes:
-        case: of :data:`benchmarks.cases.CASES`.
         contestant: its name; :data:`FLOOR` for the bare matrix products.
         backend: of FastD2O.
         error: why there are no figures, or none to be trusted.
         rounds: how many runs were timed.
         seconds, min, max: of these, the median, the fastest, the slowest.
+        forward, backward: seconds, medians; their sum need not be ``seconds``.
+        times: seconds of every round, in the order of rounds, which is the same for all rows of a contest.
         over_products: time over the bare products' in the same round, the median of that.
-        over_fastd2o: the same over FastD2O's on the device's own kernels.
+        spread: half of the range that the middle half of those ratios covers, over their median.
+        over_fastd2o: as ``over_products``, over FastD2O's on the device's own kernels.
         extra_megabytes: the most memory beyond inputs, results and gradients; None if it was not measured.
+        longest: tokens of the longest completion with which a training step stays within the budget.
         errors: relative root mean square against float64.
     """
 
-    case: str
     contestant: str
     backend: str | None = None
     error: str | None = None
@@ -39,77 +58,240 @@ class Row:
     seconds: float | None = None
     min: float | None = None
     max: float | None = None
+    forward: float | None = None
+    backward: float | None = None
+    times: list[float] = field(default_factory=list)
     over_products: float | None = None
+    spread: float | None = None
     over_fastd2o: float | None = None
     extra_megabytes: float | None = None
+    longest: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
-    def record(self, times: list[float], floor: list[float], ours: list[float]) -> None:
-        """Fill in the figures. Times of the same round stand at the same place; a contestant that ran but once is
-        compared with medians."""
-        self.rounds = len(times)
-        self.seconds, self.min, self.max = statistics.median(times), min(times), max(times)
-        self.over_products = median_ratio(times, floor)
-        self.over_fastd2o = median_ratio(times, ours) if ours else None
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """A contestant may fail in any way: it says so on its row, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+    def check(self, errors: dict[str, float], bound: float) -> None:
+        """Keep the errors.
+
+        Raises:
+            WrongError: one is beyond the bound, or no number.
+        """
+        self.errors = errors
+        if not all(error <= bound for error in errors.values()):
+            raise WrongError(f"beyond {bound:g} of float64")
+
+    def record(self, laps: Sequence[Lap], floor: Sequence[Lap], ours: Sequence[Lap]) -> None:
+        """Fill in the times. Laps of the same round stand at the same place; a contestant that ran but once is compared
+        with medians."""
+        self.times = [float(f"{one.both:.6g}") for one in laps]
+        self.rounds = len(laps)
+        self.seconds, self.min, self.max = statistics.median(self.times), min(self.times), max(self.times)
+        self.forward = statistics.median(one.forward for one in laps)
+        self.backward = statistics.median(one.backward for one in laps)
+        if floor:
+            found = ratios(self.times, [one.both for one in floor])
+            self.over_products = statistics.median(found)
+            self.spread = half_range(found)
+        if ours:
+            self.over_fastd2o = statistics.median(ratios(self.times, [one.both for one in ours]))
 
 
 @dataclass
-class Result:
-    """All rows of one shape, and where they are from.
+class Contest:
+    """All rows of one case and shape.
 
     Attributes:
-        machine: device, threads, versions, date.
-        shape: tokens, hidden, vocab, dtype.
-        floors: case -> what the bare products were.
-        absent: contestant -> why it did not take part.
+        case: of :data:`benchmarks.cases.CASES`, or a training step of :data:`benchmarks.steps.STEPS`.
+        shape: its numbers by name.
+        floor: what the bare products were; of a training step, which has none, nothing.
+        flops: of the bare products.
         rows: the figures.
+        date: of the measurement, ISO.
+        commit: of the code that was measured, where it is known.
+    """
+
+    case: str
+    shape: dict[str, Any]
+    floor: str
+    flops: float
+    rows: list[Row]
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).date().isoformat())
+    commit: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What no other contest of a report has."""
+        return f"{self.case}-{shape_text(self.shape)}"
+
+    def row(self, contestant: str) -> Row | None:
+        """The row of a contestant, if it took part."""
+        return next((row for row in self.rows if row.contestant == contestant), None)
+
+
+@dataclass
+class Report:
+    """What was measured on one machine.
+
+    Attributes:
+        machine: kind ("cpu" or "cuda"), device, threads, versions.
+        contests: the figures.
+        absent: contestant -> why it did not take part.
     """
 
     machine: dict[str, Any]
-    shape: dict[str, Any]
-    floors: dict[str, str] = field(default_factory=dict)
+    contests: list[Contest] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
         """Of the device: "cpu" or "cuda"."""
         return str(self.machine["kind"])
 
-    @property
-    def name(self) -> str:
-        """Of its file. One with a part of the cases must not take the place of one with all."""
-        shape = self.shape
-        name = f"{self.kind}-t{shape['tokens']}-d{shape['hidden']}-v{shape['vocab']}-{shape['dtype']}"
-        cases = dict.fromkeys(row.case for row in self.rows)
-        return name if len(cases) == len(CASES) else "-".join([name, *cases])
+    def add(self, contest: Contest) -> None:
+        """In place of the one that has the same key, if there is one."""
+        keys = [other.key for other in self.contests]
+        if contest.key in keys:
+            self.contests[keys.index(contest.key)] = contest
+        else:
+            self.contests.append(contest)
 
-    def row(self, case: str, contestant: str) -> Row | None:
-        """The row of a contestant, if it took part."""
-        return next((row for row in self.rows if (row.case, row.contestant) == (case, contestant)), None)
+    def of(self, case: str, **shape: Any) -> Iterable[Contest]:
+        """The contests of a case with these numbers in their shape."""
+        return (c for c in self.contests if c.case == case and shape.items() <= c.shape.items())
 
-    def write(self, folder: Path) -> Path:
-        """As JSON; what is None or empty is left out."""
-        rows = [{name: value for name, value in asdict(row).items() if value not in (None, {})} for row in self.rows]
-        path = folder / f"{self.name}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({**asdict(self), "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    def write(self, path: Path) -> Path:
+        """As JSON, whole or not at all; what is None or empty is left out of rows."""
+        fields = {"schema": SCHEMA, **asdict(self)}
+        for contest in fields["contests"]:
+            contest["rows"] = [
+                {name: _rounded(value) for name, value in row.items() if value not in (None, {}, [])}
+                for row in contest["rows"]
+            ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.aside")
+        aside.write_text(_as_json(fields), encoding="utf-8")
+        os.replace(aside, path)
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Result:
-        """The inverse of :meth:`write`."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**fields, "rows": [Row(**row) for row in fields["rows"]]})
+    def read(cls, path: Path) -> Report:
+        """The inverse of :meth:`write`.
+
+        Raises:
+            ValueError: the file is no report, or one of another schema.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            schema = fields.pop("schema")
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no report of a benchmark, which fastd2o bench writes as results.json"
+            ) from error
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {schema}, and this version reads {SCHEMA}. Fix: compare reports of the same version"
+            )
+        contests = [
+            Contest(**{**contest, "rows": [Row(**row) for row in contest["rows"]]})
+            for contest in fields.pop("contests")
+        ]
+        return cls(contests=contests, **fields)
 
 
-def median_ratio(times: list[float], others: list[float]) -> float:
-    """The median of the ratios within a round."""
+def shape_text(shape: dict[str, Any]) -> str:
+    """ "t2048-d1024-v128256-bfloat16", and so on for the numbers that only a training step has."""
+    return "-".join(f"{name[0]}{value}" if isinstance(value, int) else str(value) for name, value in shape.items())
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Those within a round; of one that ran but once, over the median of the others."""
     if len(times) != len(others):
-        return statistics.median(times) / statistics.median(others)
-    return statistics.median(map(float.__truediv__, times, others))
+        return [statistics.median(times) / statistics.median(others)]
+    return list(map(float.__truediv__, map(float, times), map(float, others)))
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of :func:`ratios`."""
+    return statistics.median(ratios(times, others))
+
+
+def half_range(values: Sequence[float]) -> float | None:
+    """Half of what the middle half of the values covers, over their median; None for fewer than three."""
+    if len(values) < 3:
+        return None
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+def _rounded(value: Any) -> Any:
+    """To six digits, which is more than any figure here deserves."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return {name: _rounded(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    """Readable, with a line for each row."""
+    contests = fields.pop("contests")
+    text = json.dumps({**fields, "contests": "@"}, indent=1, ensure_ascii=False)
+    parts = []
+    for contest in contests:
+        rows = contest.pop("rows")
+        of_rows = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        head = json.dumps(contest, ensure_ascii=False)[:-1]
+        parts.append(f'{head}, "rows": [\n    {of_rows}]}}')
+    return text.replace('"@"', "[\n  " + ",\n  ".join(parts) + "\n ]" if parts else "[]") + "\n"
+
+
+# --- where figures are from -------------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device and the versions of what is measured."""
+    libraries = {}
+    for library in _LIBRARIES:
+        try:
+            libraries[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {
+        "kind": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **libraries,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model and the instructions that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def commit() -> str | None:
+    """Of the checkout that this file lies in, with a plus sign where it has changes; None where it lies in none."""
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,11 +308,13 @@ class Verdict:
     met: bool
 
 
-def verdicts(row: Row, kind: str) -> list[Verdict]:
+def verdicts(contest: Contest, row: Row, kind: str) -> list[Verdict]:
     """The targets that a row has to meet: those of FastD2O's own kernels for the device, and by how much a peer has to
-    be slower. The torch backend, the reference, is held to none."""
-    target = CASES[row.case].targets.get(kind)
-    if row.backend == kind and target is not None:
+    be slower. The torch backend, the reference, is held to none; nor is anybody at a shape that has no targets."""
+    target = CASES[contest.case].targets.get(kind) if contest.case in CASES else None
+    if target is None or Shape(**contest.shape) not in TARGET_SHAPES[kind]:
+        return []
+    if row.backend == kind:
         if row.over_products is None:
             return [Verdict("time", f"≤ {target.over_products:.2f}", False)]
         found = [Verdict("time", f"≤ {target.over_products:.2f}", row.over_products <= target.over_products)]

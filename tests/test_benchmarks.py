@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,19 +20,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastd2o
-from benchmarks import every_kernel, logprob, preference, readme, step
-from benchmarks.cases import CASES
-from benchmarks.contestants import Contestant, load
-from benchmarks.measure import Inputs, enough_rounds, measure
+from benchmarks import every_kernel, figures, preference, steps
+from benchmarks.cases import CASES, POSITIVES, Shape
+from benchmarks.compare import compare
+from benchmarks.contest import Inputs, Patience, Setup, hold
+from benchmarks.contestants import Contestant, peer
+from benchmarks.instruments import Lap, Weighed, cache_bytes, weigh
+from benchmarks.plots import exponent
 from benchmarks.products import Products
-from benchmarks.results import FLOOR, FOLDER, Result, Row, Verdict, median_ratio, verdicts
+from benchmarks.results import FLOOR, FOLDER, Contest, Report, Row, Verdict, median_ratio, verdicts
+from benchmarks.scale import Scale
+from benchmarks.steps import STEPS, StepShape
+from benchmarks.suites import SUITE_NAMES, SUITES, choose
+from fastd2o.cli import bench as cli
+from fastd2o.cli import main
 from fastd2o.ops import Plan
 
-(EAGER,), _ = load("cpu", torch.float32, skip=["fastd2o", "cut", "liger", "trl", "torch"])
+EAGER = peer("eager")
 
-
-def inputs(case: str, tokens: int = 7) -> Inputs:
-    return Inputs.random(CASES[case], tokens, hidden_size=8, vocab_size=50, dtype=torch.float32, device="cpu")
+SMALL = Shape(tokens=16, hidden=8, vocab=50, dtype="float32")
+QUICK = Patience(rounds=2, most_rounds=3, seconds=0.01)
 
 
 @pytest.fixture
@@ -40,10 +55,10 @@ def allocator_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("allocator_keeps_memory")
 def test_a_preference_loss_from_command_line_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preference.main(["--tokens", "512", "--hidden", "16", "--vocab", "200", "--rounds", "1", "--out", str(tmp_path)])
-    result = Result.read(tmp_path / "cpu-t512-d16-v200-bfloat16-preference.json")
-    rows = {row.contestant: row for row in result.rows}
+    (contest,) = Report.read(tmp_path / "cpu-preference.json").contests
+    rows = {row.contestant: row for row in contest.rows}
     assert rows[FLOOR].over_products == rows["recompute"].over_fastd2o == 1.0
-    assert "6 T·D·V" in result.floors["preference"]
+    assert "6 T·D·V" in contest.floor
     assert rows["grouped, half saturated"].errors.keys() == {"backward_over_unsaturated"}
     assert all(row.extra_megabytes is not None for name, row in rows.items() if name != FLOOR)
     assert "backward ≤ 0.60" in " ".join(capsys.readouterr().out.split())
@@ -51,87 +66,152 @@ def test_a_preference_loss_from_command_line_to_file(tmp_path: Path, capsys: pyt
         preference.main(["--tokens", "100"])
 
 
-@pytest.mark.usefixtures("allocator_keeps_memory")
-def test_a_step_from_command_line_to_file(tmp_path: Path) -> None:
-    """Three ways to a log-probability have one loss."""
-    pytest.importorskip("trl")
-    small = [
-        "--positives",
-        "2",
-        "--completion",
-        "6",
-        "--prompt",
-        "3",
+def test_a_run_from_command_line_to_files(tmp_path: Path) -> None:
+    """Twice, with another case the second time: all figures, a page, pictures, and what pytest-benchmark has of it."""
+    out = tmp_path / "bench"
+    shape = ["--tokens", "16", "--hidden", "16", "--vocab", "90", "--peers", "none", "--out", str(out)]
+    first = bench(*shape, "--cases", "trained", "cringe", "--only", "not float16")
+    assert first.returncode == 0, first.stderr
+    second = bench(*shape, "--cases", "dpo", "d2o", "--append")
+    assert second.returncode == 0, second.stderr
+    report = Report.read(out / "results.json")
+    assert [contest.case for contest in report.contests] == ["trained", "cringe", "dpo", "d2o"]
+    native = ["fastd2o cpu"] if fastd2o.backends()["cpu"] is None else []
+    for contest in report.contests:
+        assert contest.shape == {"tokens": 16, "hidden": 16, "vocab": 90, "dtype": "bfloat16"}
+        assert [row.contestant for row in contest.rows] == [FLOOR, *native, "fastd2o torch"]
+        for row in contest.rows:
+            assert row.error is None, row
+            assert row.seconds is not None
+            assert row.min is not None
+            assert row.max is not None
+            assert 0 < row.min <= row.seconds <= row.max
+            assert len(row.times) == row.rounds >= 5
+            assert row.forward is not None
+            assert row.backward is not None
+            if row.contestant == FLOOR:
+                assert (row.over_products, row.extra_megabytes, row.backward) == (1.0, None, 0.0)
+            else:
+                gradients = {f"{name}_gradient" for name in CASES[contest.case].leaves}
+                assert set(row.errors) - {"candidate"} == {"value"} | gradients
+                assert min(row.forward, row.backward) > 0
+                assert row.extra_megabytes is not None
+                assert 0 < row.extra_megabytes < 1
+    page = (out / "results.md").read_text()
+    assert "## trained head: 16 tokens, D 16, vocabulary 90, bfloat16" in page
+    assert "absent: eager (not asked for)" in page
+    assert {path.name for path in out.glob("*.png")} == {"error-against-speed.png", "share-of-the-products.png"}
+    kept = [path.read_bytes() for path in (out / "results.json",)]
+    again = bench(*shape, "--cases", "dpo", "--only", "nobody")
+    assert (again.returncode, kept) == (2, [(out / "results.json").read_bytes()])
+    assert "no contest has 'nobody' in its name" in again.stderr
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``fastd2o bench`` in a process of its own, as its limits on memory and pytest's settings are of a process."""
+    command = [sys.executable, "-m", "fastd2o", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "liker"], "there is no peer 'liker'"),
+        (["--tokens", "0"], "--tokens has a value below 1"),
+        (["--cases", "forwards"], "invalid choice: 'forwards'"),
+        (["--quick", "--full"], "not allowed with argument"),
+        (["compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_knows_all_cases() -> None:
+    assert (*CASES, *STEPS) == cli._CASES
+
+
+def test_pytest_benchmark_sees_the_recorded_times(tmp_path: Path) -> None:
+    """Run as a suite of pytest-benchmark, its own JSON has the same times."""
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/contests.py",
+        "--tokens",
+        "5",
         "--hidden",
-        "64",
-        "--layers",
-        "1",
+        "8",
         "--vocab",
-        "300",
+        "40",
     ]
-    step.main([*small, "--rounds", "1", "--out", str(tmp_path)])
-    rows = json.loads((tmp_path / "cpu-k2-v300.json").read_text())["rows"]
-    assert [(row["training"], row["contestant"]) for row in rows] == [
-        (training, name) for training in ("full", "LoRA") for name in ("fastd2o", "eager", "trl chunked")
-    ]
-    assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-2) for row in rows)
+    command += ["--cases", "forward", "-k", "eager or products", "--report", str(ours), f"--benchmark-json={theirs}"]
+    found = subprocess.run(command, cwd=FOLDER.parents[1], capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stdout
+    recorded = {row.contestant: row for row in Report.read(ours).contests[0].rows}
+    seen = {each["params"]["contestant"]: each for each in json.loads(theirs.read_text())["benchmarks"]}
+    assert set(seen) == {FLOOR, "eager", "eager float32"} == set(recorded)
+    for name, each in seen.items():
+        assert each["stats"]["data"] == pytest.approx(recorded[name].times, rel=1e-6)
+        assert each["group"] == "forward-t5-h8-v40-bfloat16"
+        assert each["extra_info"]["over_products"] == pytest.approx(recorded[name].over_products, rel=1e-5)
 
 
-def test_a_run_from_command_line_to_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = ["--tokens", "5", "6", "--hidden", "16", "--vocab", "90", "--peer-tokens", "5"]
-    logprob.main([*shape, "--skip", "trl", "liger", "cut", "--rounds", "1", "--out", str(tmp_path)])
-    small, large = (Result.read(tmp_path / f"cpu-t{tokens}-d16-v90-bfloat16.json") for tokens in (5, 6))
-    assert small.shape == {"tokens": 5, "hidden": 16, "vocab": 90, "dtype": "bfloat16"}
-    assert set(small.floors) == {row.case for row in small.rows} == set(CASES)
-    native = {"fastd2o cpu"} if fastd2o.backends()["cpu"] is None else set()
-    assert {row.contestant for row in small.rows} >= native | {FLOOR, "fastd2o torch", "eager"}
-    assert {row.contestant for row in large.rows} == native | {FLOOR}
-    assert large.absent["eager"] == "left out beyond 5 tokens"
-    assert small.absent["trl chunked"] == "skipped"
-    for row in small.rows:
-        assert row.error is None, row
-        assert row.seconds is not None
-        assert row.min is not None
-        assert row.max is not None
-        assert 0 < row.min <= row.seconds <= row.max
-        if row.contestant == FLOOR:
-            assert (row.over_products, row.extra_megabytes) == (1.0, None)
-        else:
-            gradients = {f"{name}_gradient" for name in CASES[row.case].leaves}
-            assert set(row.errors) - {"candidate"} == {"value"} | gradients
-            assert row.extra_megabytes is not None
-            assert 0 < row.extra_megabytes < 1
-    assert small.write(tmp_path / "again").read_text() == (tmp_path / f"{small.name}.json").read_text()
-    printed = capsys.readouterr().out
-    assert "time targets" in printed or not native
-
-
-def test_a_part_of_the_cases_has_a_file_of_its_own(tmp_path: Path) -> None:
-    options = "--tokens 3 --hidden 8 --vocab 40 --cases cringe --skip fastd2o trl --out"
-    logprob.main([*options.split(), str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["cpu-t3-d8-v40-bfloat16-cringe.json"]
+def test_a_training_step_has_the_same_gradient_whoever_computes_log_p(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    shape = StepShape(completion=6, hidden=64, layers=1, vocab=300, prompt=3, budget=2e6)
+    scale = Scale("cuda")  # in this process
+    contest = steps.measure("step-d2o", shape, "cpu", list(steps.CONTESTANTS), QUICK, scale, lambda share: None)
+    assert [row.contestant for row in contest.rows] == ["fastd2o", "eager", "trl chunked"]
+    for row in contest.rows:
+        assert row.error is None
+        assert row.errors["gradient"] < 0.05
+        assert row.extra_megabytes is not None
+        assert row.extra_megabytes > 0
+        assert row.longest is not None
+        assert row.longest > 8
+    shorter = replace(shape, budget=1e6)
+    assert steps.longest("step-d2o", shorter, "cpu", "eager") < contest.rows[1].longest  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tile", [(7, 50), (7, 16), (4, 16)])
+@pytest.mark.parametrize("tile", [(16, 50), (16, 16), (7, 16)])
 def test_the_floor_does_the_products_of_the_algorithm(case: str, tile: tuple[int, int]) -> None:
-    of_case = inputs(case)
+    of_case = Inputs.random(CASES[case], SMALL, "cpu")
     hidden, weight = of_case.hidden.detach(), of_case.weight.detach()
     algorithm = CASES[case].algorithm
-    plan = Plan.choose(tokens=7, hidden_size=8, vocab_size=50, algorithm=algorithm, dtype=torch.float32, device="cpu")
+    plan = Plan.choose(tokens=16, hidden_size=8, vocab_size=50, algorithm=algorithm, dtype=torch.float32, device="cpu")
     products = Products.of(hidden, weight, algorithm, *tile)
     with FlopCounterMode(display=False) as counter:
         products()
-    assert counter.get_total_flops() == plan.flops
+    assert counter.get_total_flops() == products.flops == plan.flops
     assert f"{plan.flops / 1e12:.3g} TFLOP" in str(products)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fastd2o_does_what_its_case_says(case: str) -> None:
-    of_case = inputs(case)
+    of_case = Inputs.random(CASES[case], SMALL, "cpu")
+    operator = CASES[case].operator
     with torch.set_grad_enabled(bool(of_case.leaves)):
-        plan = Plan.of(of_case.hidden, of_case.weight, cringe=case == "cringe")
+        grouped = operator in POSITIVES
+        plan = Plan.of(of_case.hidden, of_case.weight, cringe=operator == "cringe", grouped=grouped)
     assert plan.algorithm == CASES[case].algorithm
+
+
+def held(of_case: Shape, case: str, contestants: list[Contestant], patience: Patience = QUICK) -> dict[str, Row]:
+    """Rows of a contest whose memory is weighed in this process."""
+    by_name = {contestant.name: contestant for contestant in contestants}
+    inputs = Inputs.random(CASES[case], of_case, "cpu")
+
+    def weighed(name: str) -> Weighed:
+        return weigh(partial(inputs.run, by_name[name]), "cpu")
+
+    setup = Setup(CASES[case], of_case, "cpu", contestants, patience, weighed)
+    return {row.contestant: row for row in hold(setup).rows}
 
 
 def test_one_that_fails_or_is_wrong_is_marked_and_the_others_go_on() -> None:
@@ -148,29 +228,59 @@ def test_one_that_fails_or_is_wrong_is_marked_and_the_others_go_on() -> None:
         return EAGER.logprob(hidden, weight, target) * math.nan
 
     contestants = [Contestant(f.__name__, f) for f in (fails, wrong, wrong_gradient, not_a_number)]
-    _, rows = measure(inputs("frozen"), [*contestants, EAGER], rounds=2, patience=math.inf)
-    found = {row.contestant: row for row in rows}
+    found = held(SMALL, "frozen", [*contestants, EAGER])
     assert found["fails"].error == "RuntimeError: no kernel for this device"
     for name in ("wrong", "wrong_gradient", "not_a_number"):
-        assert found[name].error == "wrong: beyond 0.001 of float64", name
+        assert found[name].error == "WrongError: beyond 0.001 of float64", name
         assert found[name].seconds is None
     assert found["eager"].error is None
     assert found["eager"].rounds == found[FLOOR].rounds >= 2
 
 
-def test_one_that_takes_too_long_runs_but_once() -> None:
+def test_one_that_takes_too_long_runs_but_once_or_not_at_all() -> None:
     calls: list[int] = []
 
     def slow(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         calls.append(len(hidden))
         return EAGER.logprob(hidden, weight, target)
 
-    _, (floor, row) = measure(inputs("frozen", tokens=300), [Contestant("slow", slow)], rounds=2, patience=0.0)
-    assert calls == [256, 300]  # compared with float64, timed
-    assert (row.rounds, row.extra_megabytes) == (1, None)
-    assert row.seconds is not None
-    assert floor.seconds is not None
-    assert row.over_products == pytest.approx(row.seconds / floor.seconds)
+    shape = replace(SMALL, tokens=300)
+    rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, turn=0.0))
+    assert calls == [256, 256, 300]  # compared with float64, judged by that, weighed
+    assert rows["slow"].rounds == 1
+    assert rows["slow"].seconds is not None
+    assert rows[FLOOR].seconds is not None
+    assert rows["slow"].over_products == pytest.approx(rows["slow"].seconds / rows[FLOOR].seconds, rel=1e-4)
+    calls.clear()
+    rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, most_seconds=0.0))
+    assert calls == [256, 256]
+    assert rows["slow"].error is not None
+    assert rows["slow"].error.startswith("TimeoutError: left out: a run would take about")
+
+
+def test_a_process_that_is_killed_takes_nobody_along() -> None:
+    scale = Scale("cpu")
+    try:
+        with pytest.raises(MemoryError, match="was killed"):
+            scale(os.kill, 0, signal.SIGKILL)  # 0: the process itself and its group of one
+    finally:
+        scale.close()
+
+
+def test_inputs_that_would_stay_in_a_cache_take_turns() -> None:
+    """No contestant sees the same memory twice in a row, unless it is larger than the cache."""
+    seen: list[int] = []
+
+    def spies(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        seen.append(weight.data_ptr())
+        return EAGER.logprob(hidden, weight, target)
+
+    held(SMALL, "forward", [Contestant("spies", spies)])
+    of_rounds = seen[3:]  # after the check, the judgement and the weighing
+    copies = len(set(of_rounds))
+    expected = cache_bytes("cpu") // (4 * (SMALL.tokens + SMALL.vocab) * SMALL.hidden) + 2
+    assert copies == min(expected, len(of_rounds))
+    assert all(one != other for one, other in itertools.pairwise(of_rounds))
 
 
 def test_cringe_with_a_candidate_that_is_none_is_wrong() -> None:
@@ -180,9 +290,9 @@ def test_cringe_with_a_candidate_that_is_none_is_wrong() -> None:
         negative_logit, positive_logit = (logits.gather(1, column[:, None])[:, 0] for column in (target, positive))
         return torch.nn.functional.softplus(negative_logit - positive_logit), positive
 
-    _, rows = measure(inputs("cringe"), [Contestant("smallest", EAGER.logprob, smallest), EAGER], 1, patience=math.inf)
-    assert {row.contestant: row.error is None for row in rows} == {FLOOR: True, "smallest": False, "eager": True}
-    assert rows[1].errors["value"] < 1e-5 < rows[1].errors["candidate"]
+    rows = held(SMALL, "cringe", [Contestant("smallest", EAGER.logprob, smallest), EAGER])
+    assert {name: row.error is None for name, row in rows.items()} == {FLOOR: True, "smallest": False, "eager": True}
+    assert rows["smallest"].errors["value"] < 1e-5 < rows["smallest"].errors["candidate"]
 
 
 def test_every_kernel_is_called() -> None:
@@ -191,96 +301,210 @@ def test_every_kernel_is_called() -> None:
     every_kernel.main(["--device", "cpu"])
 
 
-def test_shapes() -> None:
-    assert logprob.shapes(logprob.parse([])) == [(2048, 1024, 128256, "bfloat16")]
-    assert logprob.shapes(logprob.parse(["--device", "cuda"])) == [(8192, 4096, 128256, "bfloat16")]
-    suite = logprob.shapes(logprob.parse(["--suite"]))
-    assert len(set(suite)) == 12
-    assert {tokens for tokens, *_ in suite} == {64, 2048, 16384}
-    narrowed = logprob.shapes(logprob.parse(["--suite", "--tokens", "64", "--dtype", "float32"]))
-    assert narrowed == [(64, 1024, 32000, "float32"), (64, 1024, 128256, "float32")]
+def test_suites() -> None:
+    """Each is made of cases and steps that there are, and has no contest twice."""
+    for of_device in SUITES.values():
+        assert tuple(of_device) == SUITE_NAMES
+        for suite in of_device.values():
+            names = [(name, *shape.fields.values()) for name, shape in (*suite.contests, *suite.steps)]
+            assert len(set(names)) == len(names)
+            assert {name for name, *_ in names} <= {*CASES, *STEPS}
+    full = SUITES["cpu"]["full"].contests
+    for vocab, dtype, case in itertools.product((32000, 128256), ("bfloat16", "float32"), ("frozen", "trained")):
+        tokens = {shape.tokens for name, shape in full if (name, shape.vocab, shape.dtype) == (case, vocab, dtype)}
+        assert {256, 16384} <= tokens
+
+
+def test_a_shape_of_ones_own() -> None:
+    chosen = choose("cpu", "quick", cases=["frozen", "step-dpo"], tokens=[3, 4], vocab=[50])
+    assert chosen.patience == SUITES["cpu"]["quick"].patience
+    assert [(name, shape.tokens, shape.vocab, shape.dtype) for name, shape in chosen.contests] == [
+        ("frozen", tokens, 50, "bfloat16") for tokens in (3, 4)
+    ]
+    assert [(name, shape.completion, shape.vocab) for name, shape in chosen.steps] == [
+        ("step-dpo", completion, 50) for completion in (3, 4)
+    ]
+    assert choose("cpu", "quick") is SUITES["cpu"]["quick"]
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    row = Row("forward", "eager")
-    row.record([3.0, 8.0, 50.0], floor=[1.0, 4.0, 10.0], ours=[3.0, 4.0, 100.0])
+    row = Row("eager")
+    laps = [Lap(1.0, 2.0), Lap(4.0, 4.0), Lap(20.0, 30.0)]
+    row.record(
+        laps, floor=[Lap(one, 0.0) for one in (1.0, 4.0, 10.0)], ours=[Lap(one, 0.0) for one in (3.0, 4.0, 100.0)]
+    )
     assert (row.rounds, row.seconds, row.min, row.max) == (3, 8.0, 3.0, 50.0)
+    assert (row.forward, row.backward) == (4.0, 4.0)
     assert row.over_products == 3.0  # the median of 3, 2 and 5
+    assert row.spread == pytest.approx(1.5 / 2 / 3.0)  # quartiles 2.5 and 4
     assert row.over_fastd2o == 1.0  # of 1, 2 and 0.5
-    row.record([12.0], floor=[1.0, 4.0, 10.0], ours=[])
-    assert (row.rounds, row.over_products, row.over_fastd2o) == (1, 3.0, None)
+    row.record([Lap(5.0, 7.0)], floor, ours=[])
+    assert (row.rounds, row.over_products, row.spread) == (1, 3.0, None)
     assert median_ratio([2.0, 2.0], [1.0, 2.0]) == 1.5
 
 
 def test_short_rounds_are_repeated() -> None:
-    assert enough_rounds(0.5, least=3) == 6
-    assert enough_rounds(20.0, least=3) == 3
-    assert enough_rounds(1e-5, least=3) == 25
+    patience = Patience(rounds=3, most_rounds=25, seconds=3.0)
+    assert patience.rounds_of(0.5) == 6
+    assert patience.rounds_of(20.0) == 3
+    assert patience.rounds_of(1e-5) == 25
+
+
+def test_the_exponent_of_a_power() -> None:
+    assert exponent([1, 10, 100], [3.0, 30.0, 300.0]) == pytest.approx(1.0)
+    assert exponent([2, 4, 8], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
+
+
+def test_a_report_survives_its_file(tmp_path: Path) -> None:
+    row = Row("eager", rounds=2, times=[1.0, 2.0], seconds=1.5, errors={"value": 1.23456e-7}, spread=0.01)
+    report = Report(
+        {"kind": "cpu"}, [Contest("forward", SMALL.fields, "torch.mm", 7.0, [row])], {"liger": "not installed"}
+    )
+    path = report.write(tmp_path / "deep" / "results.json")
+    assert Report.read(path) == report
+    assert list(path.parent.iterdir()) == [path]
+    again = Contest("forward", SMALL.fields, "torch.mm", 7.0, [Row("liger")])
+    report.add(again)
+    assert report.contests == [again]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"schema": 1, "rows": []}'])
+def test_what_is_no_report_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json (is no report|has schema 1)"):
+        Report.read(path)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def report_of(slowdown: float = 1.0, seed: int = 0, noise: float = 0.05, megabytes: float = 20.0) -> Report:
+    """Eleven rounds with a clock that drifts, noise of a few per cent and sometimes a run that is disturbed."""
+    draw = random.Random(seed)
+    rounds = [1.0 + 0.3 * draw.random() for _ in range(11)]
+
+    def laps(seconds: float) -> list[Lap]:
+        disturbed = [1.5 if draw.random() < 0.1 else 1.0 for _ in rounds]
+        return [
+            Lap(seconds * clock * each * draw.gauss(1.0, noise), 0.0)
+            for clock, each in zip(rounds, disturbed, strict=True)
+        ]
+
+    floor = laps(1.0)
+    rows = [Row(FLOOR), Row("fastd2o cpu", "cpu", extra_megabytes=megabytes), Row("eager")]
+    for row, each in zip(rows, (floor, laps(1.05 * slowdown), laps(3.0)), strict=True):
+        row.record(each, floor, [])
+    return Report({"kind": "cpu"}, [Contest("frozen", SMALL.fields, "torch.mm", 7.0, rows)])
+
+
+def judgements(before: Report, after: Report, threshold: float = 0.1) -> dict[str, str]:
+    return {change.contestant: change.judgement for change in compare(before, after, threshold)}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_is_no_regression_and_a_fifth_is(seed: int) -> None:
+    before = report_of(seed=seed)
+    assert judgements(before, report_of(seed=seed + 100)) == {"fastd2o cpu": "same", "eager": "same"}
+    assert judgements(before, report_of(1.2, seed=seed + 200)) == {"fastd2o cpu": "slower", "eager": "same"}
+    assert judgements(report_of(1.2, seed=seed), report_of(seed=seed + 300))["fastd2o cpu"] == "faster"
+
+
+def test_memory_and_failures_are_compared_too() -> None:
+    assert judgements(report_of(), report_of(megabytes=23.0))["fastd2o cpu"] == "more memory"
+    assert judgements(report_of(), report_of(megabytes=21.0))["fastd2o cpu"] == "same"
+    failed = report_of()
+    failed.contests[0].rows[1].error = "RuntimeError: gone"
+    assert judgements(report_of(), failed)["fastd2o cpu"] == "now fails"
+    once = report_of(2.0)
+    once.contests[0].rows[1].times = [2.0]
+    assert judgements(report_of(), once)["fastd2o cpu"] == "too few rounds"
+
+
+def test_reports_with_nothing_in_common_are_refused() -> None:
+    other = report_of()
+    other.contests[0].case = "forward"
+    with pytest.raises(ValueError, match="no contest in common"):
+        compare(report_of(), other)
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        compare(report_of(), report_of(), threshold=0.0)
+
+
+def test_compare_exits_1_on_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = report_of().write(tmp_path / "a.json"), report_of(1.3, seed=1).write(tmp_path / "b.json")
+    assert main(["bench", "compare", str(before), str(after)]) == 1
+    printed = capsys.readouterr().out
+    assert "slower" in printed
+    assert "2 figures compared: 1 the same within noise and 10%; 1 of FastD2O's worse" in printed
+    assert main(["bench", "compare", str(before), str(after), "--threshold", "0.5"]) == 0
+    assert main(["bench", "compare", str(after), str(before)]) == 0  # faster
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "expected"),
+    ("case", "row", "kind", "expected"),
     [
-        (Row("forward", "fastd2o cpu", "cpu", over_products=1.10, extra_megabytes=64.0), "cpu", [True, True]),
-        (Row("forward", "fastd2o cpu", "cpu", over_products=1.11, extra_megabytes=64.1), "cpu", [False, False]),
-        (Row("frozen", "fastd2o cpu", "cpu", over_products=1.10, extra_megabytes=150.0), "cpu", [True, True]),
-        (Row("trained", "fastd2o cpu", "cpu", over_products=1.11, extra_megabytes=150.0), "cpu", [False, True]),
-        (Row("cringe", "fastd2o cpu", "cpu", over_products=1.15, extra_megabytes=65.0), "cpu", [True, False]),
-        (Row("cringe", "fastd2o cpu", "cpu", error="RuntimeError: gone"), "cpu", [False]),
-        (Row("forward", "fastd2o torch", "torch", over_products=9.0), "cpu", []),
-        (Row("forward", "fastd2o cuda", "cuda", over_products=1.11, extra_megabytes=256.0), "cuda", [True, True]),
-        (Row("forward", "fastd2o cuda", "cuda", over_products=1.12, extra_megabytes=257.0), "cuda", [False, False]),
-        (Row("trained", "fastd2o cuda", "cuda", over_products=1.13, extra_megabytes=0.0), "cuda", [True, True]),
-        (Row("trained", "fastd2o cuda", "cuda", over_products=1.14, extra_megabytes=0.0), "cuda", [False, True]),
-        (Row("trained", "trl chunked", over_fastd2o=5.0), "cpu", [True]),
-        (Row("trained", "liger", over_fastd2o=4.9), "cpu", [False]),
-        (Row("frozen", "torch chunked", over_fastd2o=4.9), "cpu", [False]),
-        (Row("frozen", "cut-cross-entropy", over_fastd2o=1.01), "cpu", [True]),
-        (Row("frozen", "cut-cross-entropy", over_fastd2o=0.99), "cpu", [False]),
-        (Row("frozen", "cut-cross-entropy", error="ImportError"), "cpu", []),
-        (Row("frozen", "trl chunked", over_fastd2o=1.0), "cuda", []),
-        (Row("frozen", "eager", over_fastd2o=0.5), "cpu", []),
-        (Row("frozen", FLOOR, over_products=1.0), "cpu", []),
+        ("forward", Row("fastd2o cpu", "cpu", over_products=1.10, extra_megabytes=64.0), "cpu", [True, True]),
+        ("forward", Row("fastd2o cpu", "cpu", over_products=1.11, extra_megabytes=64.1), "cpu", [False, False]),
+        ("frozen", Row("fastd2o cpu", "cpu", over_products=1.10, extra_megabytes=150.0), "cpu", [True, True]),
+        ("trained", Row("fastd2o cpu", "cpu", over_products=1.11, extra_megabytes=150.0), "cpu", [False, True]),
+        ("cringe", Row("fastd2o cpu", "cpu", over_products=1.15, extra_megabytes=65.0), "cpu", [True, False]),
+        ("cringe", Row("fastd2o cpu", "cpu", error="RuntimeError: gone"), "cpu", [False]),
+        ("forward", Row("fastd2o torch", "torch", over_products=9.0), "cpu", []),
+        ("forward", Row("fastd2o cuda", "cuda", over_products=1.11, extra_megabytes=256.0), "cuda", [True, True]),
+        ("forward", Row("fastd2o cuda", "cuda", over_products=1.12, extra_megabytes=257.0), "cuda", [False, False]),
+        ("trained", Row("fastd2o cuda", "cuda", over_products=1.13, extra_megabytes=0.0), "cuda", [True, True]),
+        ("trained", Row("fastd2o cuda", "cuda", over_products=1.14, extra_megabytes=0.0), "cuda", [False, True]),
+        ("trained", Row("trl chunked", over_fastd2o=5.0), "cpu", [True]),
+        ("trained", Row("liger", over_fastd2o=4.9), "cpu", [False]),
+        ("frozen", Row("torch chunked", over_fastd2o=4.9), "cpu", [False]),
+        ("frozen", Row("cut-cross-entropy", over_fastd2o=1.01), "cpu", [True]),
+        ("frozen", Row("cut-cross-entropy", over_fastd2o=0.99), "cpu", [False]),
+        ("frozen", Row("cut-cross-entropy", error="ImportError"), "cpu", []),
+        ("frozen", Row("trl chunked", over_fastd2o=1.0), "cuda", []),
+        ("frozen", Row("eager", over_fastd2o=0.5), "cpu", []),
+        ("frozen", Row(FLOOR, over_products=1.0), "cpu", []),
     ],
 )
-def test_targets(row: Row, kind: str, expected: list[bool]) -> None:
-    assert [verdict.met for verdict in verdicts(row, kind)] == expected
+def test_targets(case: str, row: Row, kind: str, expected: list[bool]) -> None:
+    shape = SUITES[kind]["targets"].contests[0][1]
+    assert [verdict.met for verdict in verdicts(Contest(case, shape.fields, "", 0, [row]), row, kind)] == expected
+    assert verdicts(Contest(case, SMALL.fields, "", 0, [row]), row, kind) == []  # a shape without targets
 
 
 def test_a_verdict_says_what_was_wanted() -> None:
-    row = Row("cringe", "fastd2o cpu", "cpu", over_products=1.2, extra_megabytes=1.0)
-    assert verdicts(row, "cpu") == [Verdict("time", "≤ 1.15", False), Verdict("memory", "≤ 64 MB", True)]
+    row = Row("fastd2o cpu", "cpu", over_products=1.2, extra_megabytes=1.0)
+    contest = Contest("cringe", SUITES["cpu"]["targets"].contests[0][1].fields, "", 0, [row])
+    assert verdicts(contest, row, "cpu") == [Verdict("time", "≤ 1.15", False), Verdict("memory", "≤ 64 MB", True)]
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_what_was_recorded() -> None:
-    text = readme.README.read_text(encoding="utf-8")
-    assert text == readme.updated(text, readme.results(FOLDER)), "python -m benchmarks.readme writes it"
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_pages_show_what_was_recorded(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- figures:" in text
+    assert text == figures.updated(text), "python -m benchmarks.figures writes it"
 
 
-def test_tables() -> None:
-    result = Result(
-        machine={"kind": "cpu", "device": "A CPU", "threads": 2, "torch": "2.13", "date": "2026-01-01"},
-        shape={"tokens": 2048, "hidden": 1024, "vocab": 128256, "dtype": "bfloat16"},
-        rows=[
-            *(Row(case, FLOOR, seconds=1.234, over_products=1.0) for case in CASES),
-            Row("forward", "fastd2o cpu", "cpu", over_products=1.049, extra_megabytes=25.6),
-            Row("frozen", "fastd2o cpu", "cpu", error="RuntimeError"),
-            Row("forward", "eager", over_products=12.3, extra_megabytes=3148.0),
-        ],
-    )
-    text = readme.updated(f"before\n{readme.BEGIN} stale {readme.END}\nafter", [result])
-    assert text.startswith(f"before\n{readme.BEGIN}\n\nA CPU, 2 threads, torch 2.13, 2026-01-01: 2048 tokens")
-    assert text.endswith(f"|\n\n{readme.END}\nafter")
-    assert "stale" not in text
-    assert "| matrix products alone | 1.2 s | 1.2 s | 1.2 s | 1.2 s |" in text
-    assert "| **FastD2O**, `cpu` | **1.05** · 26 MB | failed |  |  |" in text
-    assert "| eager: logits, then log-softmax in float32 | 12 · 3,148 MB |  |  |  |" in text
-    assert "| bfloat16 | 128256 | 2048 | 1.05 · 26 MB | failed |  |  |" in text
-    result.shape["tokens"] = 64  # not the shape for which all contestants are shown
-    assert "eager" not in readme.tables([result])
+def test_only_what_is_between_the_marks_is_written() -> None:
+    text = "before\n<!-- figures:machine -->\nstale\n<!-- end of figures -->\nafter"
+    written = figures.updated(text)
+    assert written.startswith("before\n<!-- figures:machine -->\n\nAMD EPYC")
+    assert written.endswith("<!-- end of figures -->\nafter")
+    assert "stale" not in written
+
+
+def test_figures_in_tables() -> None:
+    cell = figures._cell
+    assert cell(Row(FLOOR, seconds=1.234, over_products=1.0)) == "1.2 s"
+    assert cell(Row("fastd2o cpu", "cpu", rounds=3, over_products=1.049, extra_megabytes=25.6)) == "**1.05** · 26 MB"
+    assert cell(Row("fastd2o cpu", "cpu", error="RuntimeError")) == "failed"
+    assert cell(Row("eager", rounds=1, over_products=12.3, extra_megabytes=3148.0)) == "12* · 3,148 MB"
+    assert cell(None) == ""

@@ -1,0 +1,83 @@
+"""What pytest needs to hold the contests of a suite (:mod:`benchmarks.contests`): options, and a test for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .cases import CASES
+from .instruments import within_free_memory
+from .results import Report, machine
+from .session import Session
+from .steps import STEPS
+from .suites import SUITE_NAMES, choose
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastd2o", "what is measured")
+    group.addoption("--suite", default="quick", choices=SUITE_NAMES, help="which contests")
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
+    group.addoption("--cases", nargs="+", choices=[*CASES, *STEPS], help="instead of the suite's")
+    for name in ("tokens", "hidden", "vocab"):
+        group.addoption(f"--{name}", type=int, nargs="+", help="instead of the suite's")
+    group.addoption("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], help="instead of the suite's")
+    group.addoption("--peers", default=None, help="names of the peers that may take part, with commas between")
+    group.addoption("--report", default=None, type=Path, help="JSON file to which figures are added as they come")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    options = config.option
+    path, peers = options.report, options.peers
+    suite = choose(
+        options.device, options.suite, options.cases, options.tokens, options.hidden, options.vocab, options.dtype
+    )
+    report = Report.read(path) if path is not None and path.exists() else Report({})
+    report.machine = machine(options.device)
+    names = None if peers is None else frozenset(filter(None, peers.split(",")))
+    config.stash[_SESSION] = Session(suite, options.device, report, names, path)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SESSION in config.stash:
+        config.stash[_SESSION].close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    session = metafunc.config.stash[_SESSION]
+    pairs = [(entry, name) for entry in session.entries for name in session.contestants(entry)]
+    ids = [f"{entry.key}-{name}".replace(" ", "_") for entry, name in pairs]
+    metafunc.parametrize(("entry", "contestant"), pairs, ids=ids)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is left after ``-k`` takes part."""
+    chosen: dict[str, list[str]] = {}
+    for item in session.items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.params
+        chosen.setdefault(parameters["entry"].key, []).append(parameters["contestant"])
+    session.config.stash[_SESSION].chosen = chosen
+
+
+@pytest.fixture(scope="session")
+def session(pytestconfig: pytest.Config) -> Iterator[Session]:
+    """The one run, with a bar that says how long it takes."""
+    session = pytestconfig.stash[_SESSION]
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("so far,"))
+    left = (TimeRemainingColumn(), TextColumn("left"))
+    bar = Progress(*columns, *left, console=Console(stderr=True), speed_estimate_period=120)
+    task = bar.add_task("", total=session.effort)
+
+    def progress(done: float, what: str) -> None:
+        bar.update(task, completed=done, description=what)
+
+    session.progress = progress
+    with bar, within_free_memory() if session.device == "cpu" else nullcontext():
+        yield session

@@ -1,0 +1,159 @@
+"""Which contests a run holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from .cases import CASES, OF_TOKENS, POSITIVES, TARGET_SHAPES, Shape
+from .contest import Patience
+from .steps import STEPS, StepShape
+
+_LOSSES = tuple(POSITIVES)
+_WITH_GRADIENTS = ("forward", "frozen", "trained")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named set of contests.
+
+    Attributes:
+        about: for ``--help``.
+        contests: cases and shapes, in order.
+        steps: training steps, by name, and their shapes.
+        patience: how long to measure each.
+        peer_tokens: with more tokens than this FastD2O's own kernels are alone; None for no limit.
+    """
+
+    about: str
+    contests: Sequence[tuple[str, Shape]]
+    steps: Sequence[tuple[str, StepShape]] = ()
+    patience: Patience = field(default_factory=Patience)
+    peer_tokens: int | None = None
+
+
+def _all(
+    cases: Iterable[str],
+    tokens: Iterable[int],
+    hidden: Iterable[int],
+    vocab: Iterable[int],
+    dtypes: Iterable[str],
+) -> list[tuple[str, Shape]]:
+    shapes = itertools.product(dtypes, vocab, hidden, tokens)
+    return [
+        (case, Shape(of_tokens, of_hidden, of_vocab, dtype))
+        for dtype, of_vocab, of_hidden, of_tokens in shapes
+        for case in cases
+    ]
+
+
+_DTYPES = ("bfloat16", "float32")
+_SMALL, _LARGE = 32000, 128256
+
+SUITES: dict[str, dict[str, Suite]] = {
+    "cpu": {
+        "quick": Suite(
+            "small shapes: at most two minutes on two cores",
+            [
+                *_all(OF_TOKENS, [512], [256], [_SMALL], _DTYPES),
+                *_all(_LOSSES, [512], [256], [_SMALL], ["bfloat16"]),
+            ],
+            [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
+            Patience(rounds=5, most_rounds=15, seconds=0.4, turn=20),
+        ),
+        "default": Suite(
+            "a large vocabulary in bfloat16, and training steps: about ten minutes on two cores",
+            _all((*OF_TOKENS, *_LOSSES), [1024], [512], [_LARGE], ["bfloat16"]),
+            [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
+            Patience(),
+        ),
+        "full": Suite(
+            "256 to 16384 tokens, two vocabularies, two dtypes, all peers; how cost grows: an hour and more",
+            [
+                *_all(("frozen", "trained"), [256, 2048, 16384], [256], [_SMALL, _LARGE], _DTYPES),
+                *_all(("forward", "cringe", *_LOSSES), [2048], [256], [_SMALL, _LARGE], _DTYPES),
+                *_all(("frozen", "trained"), [2048], [256], [16000, 64000, 256000], ["bfloat16"]),
+                *_all(("forward",), [256, 16384], [256], [_SMALL], ["bfloat16"]),
+            ],
+            [
+                *((name, StepShape(completion=64, hidden=256, layers=2, vocab=_SMALL, budget=0)) for name in STEPS),
+                *((name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS),
+            ],
+            Patience(rounds=3, most_rounds=15, seconds=2, turn=10, most_seconds=75),
+        ),
+        "targets": Suite(
+            "the shapes that this project has targets for: an hour and more",
+            [(case, shape) for shape in TARGET_SHAPES["cpu"] for case in OF_TOKENS],
+            peer_tokens=2048,
+        ),
+    },
+    "cuda": {
+        "quick": Suite(
+            "one small shape",
+            _all(tuple(CASES), [2048], [2048], [_SMALL], ["bfloat16"]),
+            [(name, StepShape(completion=256, hidden=512, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
+            Patience(rounds=5, seconds=0.5, turn=5),
+        ),
+        "default": Suite(
+            "the shapes that this project has targets for: about five minutes",
+            [
+                *((case, shape) for shape in TARGET_SHAPES["cuda"] for case in OF_TOKENS),
+                *_all(_LOSSES, [8192], [4096], [_LARGE], ["bfloat16"]),
+            ],
+            [(name, StepShape(completion=512, hidden=2048, layers=4, vocab=_LARGE, budget=4e9)) for name in STEPS],
+            Patience(rounds=5, most_rounds=25, seconds=1, turn=10),
+        ),
+        "full": Suite(
+            "1024 to 32768 tokens, vocabularies from 32000 to 256000, two dtypes, all peers",
+            [
+                *_all(_WITH_GRADIENTS, [1024, 4096, 16384, 32768], [4096], [_SMALL, _LARGE], ["bfloat16", "float16"]),
+                *_all(("cringe", *_LOSSES), [8192], [4096], [_SMALL, _LARGE], ["bfloat16"]),
+                *_all(_WITH_GRADIENTS, [8192], [4096], [16000, 64000, 256000], ["bfloat16"]),
+            ],
+            [
+                (name, StepShape(completion=512, hidden=2048, layers=4, vocab=vocab, budget=4e9))
+                for vocab in (_SMALL, _LARGE)
+                for name in STEPS
+            ],
+            Patience(rounds=5, most_rounds=25, seconds=1, turn=10),
+        ),
+    },
+}
+SUITES["cuda"]["targets"] = SUITES["cuda"]["default"]
+SUITE_NAMES = tuple(SUITES["cpu"])
+
+
+def choose(
+    device: str,
+    name: str,
+    cases: Sequence[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    hidden: Sequence[int] | None = None,
+    vocab: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> Suite:
+    """The suite of that name, with other cases or shapes where they are given: then all combinations of them, and of
+    what is not given the shape of the default suite's first contest and all its cases."""
+    suite = SUITES[device][name]
+    if not any((cases, tokens, hidden, vocab, dtypes)):
+        return suite
+    usual = SUITES[device]["default"].contests[0][1]
+    steps = dict(SUITES[device]["default"].steps)
+    wanted = cases or tuple(CASES)
+    contests = _all(
+        [case for case in wanted if case in CASES],
+        tokens or [usual.tokens],
+        hidden or [usual.hidden],
+        vocab or [usual.vocab],
+        dtypes or [usual.dtype],
+    )
+    steps_of = [
+        (case, replace(steps[case], hidden=of_hidden, vocab=of_vocab, completion=completion))
+        for case in wanted
+        if case in steps
+        for of_vocab in vocab or [steps[case].vocab]
+        for of_hidden in hidden or [steps[case].hidden]
+        for completion in tokens or [steps[case].completion]
+    ]
+    return replace(suite, contests=contests, steps=steps_of)

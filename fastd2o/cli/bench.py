@@ -1,0 +1,191 @@
+"""``fastd2o bench``: this library, its peers and the bare matrix products, side by side, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastd2o.cli.arguments import UsageError
+from fastd2o.errors import FastD2OError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "measure time, memory and error of this library and its peers, side by side; compare two such runs"
+
+_EPILOG = """\
+examples:
+  fastd2o bench --quick
+  fastd2o bench --tokens 4096 --hidden 2048 --vocab 151936 --dtype bfloat16 --cases frozen trained
+  fastd2o bench --full --peers "trl chunked" liger --only "trained and not float32"
+  fastd2o bench compare before/results.json after/results.json
+Contestants take turns, and times are ratios to the bare matrix products of the same round. A peer that is not installed
+is listed as absent: pip install 'fastd2o[peers]'.
+"""
+_CASES = ("forward", "frozen", "trained", "cringe", "dpo", "d2o", "step-d2o", "step-d2o-lora", "step-dpo")
+_RESULTS, _PREVIOUS = "results.json", "results.previous.json"
+_NOTHING_COLLECTED = 5  # pytest's exit code
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``fastd2o bench``."""
+    parser.epilog = _EPILOG
+    suite = parser.add_argument_group("suite").add_mutually_exclusive_group()
+    for name, about in (
+        ("quick", "small shapes: at most two minutes on two cores"),
+        ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: an hour and more"),
+        ("targets", "the shapes that this project has targets for: an hour and more"),
+    ):
+        suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=about)
+    parser.set_defaults(suite="default")
+    parser.add_argument("--gpu", action="store_true", help="on CUDA, with its own suites (default: the CPU)")
+    shape = parser.add_argument_group("cases and shapes instead of the suite's; all combinations")
+    shape.add_argument("--cases", nargs="+", choices=_CASES, metavar="CASE", help=f"of: {', '.join(_CASES)}")
+    shape.add_argument("--tokens", type=int, nargs="+", metavar="T", help="of a step: of each completion")
+    shape.add_argument("--hidden", type=int, nargs="+", metavar="D", help="the hidden states' size")
+    shape.add_argument("--vocab", type=int, nargs="+", metavar="V", help="the vocabulary's")
+    shape.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="of the inputs")
+    who = parser.add_argument_group("contestants")
+    who.add_argument("--peers", nargs="+", metavar="NAME", help="only these, or none (default: all that are installed)")
+    who.add_argument(
+        "--only", metavar="EXPRESSION", help="what has these words in its name, as pytest -k: 'trained and eager'"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="for results and plots")
+    parser.add_argument("--append", action="store_true", help="add to the results that are there")
+    actions = parser.add_subparsers(dest="action", metavar="compare")
+    compare = actions.add_parser("compare", help="what got faster or slower between two results.json, beyond noise")
+    compare.add_argument("before", type=Path, metavar="BEFORE.json")
+    compare.add_argument("after", type=Path, metavar="AFTER.json")
+    compare.add_argument("--threshold", type=float, default=0.1, help="relative; smaller changes do not count")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or compare."""
+    from rich.console import Console
+
+    # A terminal has its own width; a file gets that of the widest table.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    return _compare(args, console) if args.action == "compare" else _measure(args, console)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"fastd2o.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        raise FastD2OError(
+            f"fastd2o bench needs the package {error.name!r}, which is not installed. Fix: pip install 'fastd2o[bench]'"
+        ) from error
+
+
+def _measure(args: argparse.Namespace, console: Console) -> int:
+    results, tables, plots = _module("results"), _module("tables"), _module("plots")
+    device = "cuda" if args.gpu else "cpu"
+    _check(args, _module("contestants").peer_names(), device)
+    path = args.out / _RESULTS
+    args.out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not args.append:
+        os.replace(path, args.out / _PREVIOUS)
+    code = _pytest(args, device, path)
+    if not path.exists():
+        raise FastD2OError(f"nothing was measured (pytest's exit code is {code}); the reason stands above")
+    report = results.Report.read(path)
+    tables.show(console, report)
+    markdown = args.out / "results.md"
+    pictures = plots.draw(report, args.out)
+    links = "".join(f"\n![{picture.stem}]({picture.name}.png)\n" for picture in pictures)
+    markdown.write_text(f"# Results\n\n{tables.markdown(report)}{links}", encoding="utf-8")
+    for written in (path, markdown, *(picture.with_suffix(".png") for picture in pictures)):
+        console.print(f"written: {written}", highlight=False, markup=False)
+    if (args.out / _PREVIOUS).exists():
+        console.print(
+            f"compare with the run before: fastd2o bench compare {args.out / _PREVIOUS} {path}",
+            highlight=False,
+            markup=False,
+        )
+    return 1 if code else 0
+
+
+def _check(args: argparse.Namespace, peers: list[str], device: str) -> None:
+    """Refuse what could only fail later."""
+    for name in ("tokens", "hidden", "vocab"):
+        if any(value < 1 for value in getattr(args, name) or ()):
+            raise UsageError(f"--{name} has a value below 1")
+    unknown = [name for name in args.peers or () if name not in (*peers, "none")]
+    if unknown:
+        raise UsageError(f"there is no peer {unknown[0]!r}. The peers are: {', '.join(peers)}; or none")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise FastD2OError("--gpu, and torch finds no CUDA device. Fix: leave it out to measure the CPU")
+
+
+def _pytest(args: argparse.Namespace, device: str, path: Path) -> int:
+    """Hold the contests."""
+    try:
+        import pytest
+        import pytest_benchmark  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise FastD2OError(
+            f"fastd2o bench needs the package {error.name!r}, which is not installed. Fix: pip install 'fastd2o[bench]'"
+        ) from error
+    folder = Path(_module("contests").__file__).parent
+    arguments = [str(folder / "contests.py"), "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
+    arguments += ["-p", "no:terminal", "--benchmark-quiet"]
+    arguments += ["--suite", args.suite, "--device", device, "--report", str(path)]
+    for name in ("cases", "tokens", "hidden", "vocab", "dtype"):
+        values = getattr(args, name)
+        arguments += [f"--{name}", *map(str, values)] if values else []
+    if args.peers:
+        arguments += ["--peers", ",".join(name for name in args.peers if name != "none")]
+    if args.only:
+        arguments += ["-k", args.only]
+    code = int(pytest.main(arguments))
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt("interrupted; what was measured until then is in " + str(path))
+    if code == _NOTHING_COLLECTED:
+        raise UsageError(f"no contest has {args.only!r} in its name")
+    return code
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+
+    results, comparing = _module("results"), _module("compare")
+    before, after = results.Report.read(args.before), results.Report.read(args.after)
+    if before.machine != after.machine:
+        different = sorted(
+            name for name in {*before.machine, *after.machine} if before.machine.get(name) != after.machine.get(name)
+        )
+        console.print(f"the machines differ in: {', '.join(different)}", highlight=False, markup=False)
+    changes = comparing.compare(before, after, args.threshold)
+    table = Table()
+    for column in ("contest", "contestant"):
+        table.add_column(column)
+    for column in ("time", "noise", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    told = [change for change in changes if change.judgement != "same"]
+    for change in told:
+        table.add_row(
+            change.contest,
+            change.contestant,
+            "" if change.time is None else f"{change.time:.3f}",
+            "" if change.low is None else f"{change.low:.3f} to {change.high:.3f}",
+            "" if change.memory is None else f"{change.memory:+,.1f}",
+            change.judgement,
+        )
+    if told:
+        console.print(table)
+    regressions = [change for change in changes if change.ours and change.judgement in comparing.REGRESSIONS]
+    same = len(changes) - len(told)
+    console.print(
+        f"{len(changes)} figures compared: {same} the same within noise and {args.threshold:.0%}; "
+        f"{len(regressions)} of FastD2O's worse",
+        highlight=False,
+    )
+    return 1 if regressions else 0
