@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .cases import CASES
 from .instruments import within_free_memory
 from .results import Report, machine
-from .session import Session
+from .session import Entry, Session
 from .steps import STEPS
 from .suites import SUITE_NAMES, choose
 
@@ -62,7 +63,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         assert isinstance(item, pytest.Function)
         parameters = item.callspec.params
-        chosen.setdefault(parameters["entry"].key, []).append(parameters["contestant"])
+        entry, contestant = cast(Entry, parameters["entry"]), cast(str, parameters["contestant"])
+        chosen.setdefault(entry.key, []).append(contestant)
     session.config.stash[_SESSION].chosen = chosen
 
 

@@ -207,9 +207,8 @@ def hold(setup: Setup) -> Contest:
             if weighed.lap.both > setup.patience.turn:
                 laps[row.contestant] = [weighed.lap]
                 continue
-            run = functools.partial(_run_next, taking_turns, contestant)
-            lap(run, setup.device)
-            laps[row.contestant], runs[row.contestant] = [], run
+            laps[row.contestant], runs[row.contestant] = [], functools.partial(_run_next, taking_turns, contestant)
+            lap(runs[row.contestant], setup.device)
 
     rounds = setup.patience.rounds_of(lap(runs[FLOOR], setup.device).both)
     for number in range(rounds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -77,12 +77,13 @@ def series(report: Report, case: str, axis: Literal["tokens", "vocab"]) -> list[
     if not groups:
         return []
 
-    def rank(group: list[Contest]) -> tuple[int, bool, int]:
+    def rank(group: Sequence[Contest]) -> tuple[int, bool, int]:
         shape = group[0].shape
         others = math.prod(value for name, value in shape.items() if isinstance(value, int) and name != axis)
         return len(group), shape["dtype"] == "bfloat16", others
 
-    return sorted(max(groups.values(), key=rank), key=lambda contest: int(contest.shape[axis]))
+    chosen = max(groups.values(), key=rank)
+    return sorted(chosen, key=lambda contest: int(contest.shape[axis]))
 
 
 def points(contests: Sequence[Contest], contestant: str, axis: str, quantity: str) -> tuple[list[int], list[float]]:
@@ -177,9 +178,9 @@ def _contestants(contests: Sequence[Contest]) -> list[str]:
     return list(dict.fromkeys(row.contestant for contest in contests for row in contest.rows))
 
 
-def _style(contestant: str) -> dict[str, object]:
+def _style(contestant: str) -> dict[str, Any]:
     ours = contestant in ("fastd2o cpu", "fastd2o cuda")
-    style: dict[str, object] = {"color": _COLOURS.get(contestant, "#333333"), "zorder": 3 if ours else 2}
+    style: dict[str, Any] = {"color": _COLOURS.get(contestant, "#333333"), "zorder": 3 if ours else 2}
     if contestant == FLOOR:
         style["linestyle"] = "--"
     return style | ({"linewidth": 2.2} if ours else {"linewidth": 1.2})

@@ -89,7 +89,7 @@ class Row:
     def record(self, laps: Sequence[Lap], floor: Sequence[Lap], ours: Sequence[Lap]) -> None:
         """Fill in the times. Laps of the same round stand at the same place; a contestant that ran but once is compared
         with medians."""
-        self.times = [float(f"{one.both:.6g}") for one in laps]
+        self.times = [one.both for one in laps]
         self.rounds = len(laps)
         self.seconds, self.min, self.max = statistics.median(self.times), min(self.times), max(self.times)
         self.forward = statistics.median(one.forward for one in laps)
@@ -189,7 +189,7 @@ class Report:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             schema = fields.pop("schema")
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no report of a benchmark, which fastd2o bench writes as results.json"
             ) from error
@@ -233,6 +233,8 @@ def _rounded(value: Any) -> Any:
     """To six digits, which is more than any figure here deserves."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
     return {name: _rounded(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 

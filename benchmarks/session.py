@@ -70,7 +70,8 @@ class Session:
     @cached_property
     def entries(self) -> list[Entry]:
         """In the order in which they are held."""
-        return [Entry(name, shape) for name, shape in (*self.suite.contests, *self.suite.steps)]
+        contests = [Entry(name, shape) for name, shape in self.suite.contests]
+        return contests + [Entry(name, shape) for name, shape in self.suite.steps]
 
     def contestants(self, entry: Entry) -> list[str]:
         """Who may take part in a contest, the floor included where it has one."""

@@ -227,10 +227,10 @@ def _trainer(step: Step, shape: StepShape, device: str, folder: Path, dtype: tor
         tie_word_embeddings=False,
     )
     # In bfloat16 first, so that all contestants and the exact one have the same weights.
-    model: Any = LlamaForCausalLM(config).to(device, torch.bfloat16).to(dtype)
+    llama: Any = LlamaForCausalLM(config)
     options: dict[str, Any] = {"memory_budget": int(shape.budget / 4)} if shape.budget else {}
     return PreferenceTrainer(
-        model,
+        llama.to(device, torch.bfloat16).to(dtype),
         PreferenceConfig(
             str(folder), objective=[step.objective], use_cpu=device == "cpu", save_strategy="no", **options
         ),

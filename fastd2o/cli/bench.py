@@ -136,6 +136,7 @@ def _pytest(args: argparse.Namespace, device: str, path: Path) -> int:
     folder = Path(_module("contests").__file__).parent
     arguments = [str(folder / "contests.py"), "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
     arguments += ["-p", "no:terminal", "--benchmark-quiet"]
+    arguments += [f"--benchmark-json={path.with_name('pytest-benchmark.json')}"]
     arguments += ["--suite", args.suite, "--device", device, "--report", str(path)]
     for name in ("cases", "tokens", "hidden", "vocab", "dtype"):
         values = getattr(args, name)
