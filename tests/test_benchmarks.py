@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_fastd2o_does_what_its_case_says(case: str) -> None:
     with torch.set_grad_enabled(bool(of_case.leaves)):
         plan = Plan.of(of_case.hidden, of_case.weight, cringe=case == "cringe")
     assert plan.algorithm == CASES[case].algorithm
+
+
+@pytest.mark.parametrize(("name", "module"), [("quack", "quack"), ("flash-attn", "flash_attn")])
+def test_a_peer_for_cuda_says_why_it_is_absent(name: str, module: str) -> None:
+    others = ["fastd2o", "cut", "liger", "trl", "torch"]
+    _, absent = load("cpu", torch.float32, others)
+    assert absent[name] == "its kernels run on cuda, not on cpu"
+    if importlib.util.find_spec(module) is None:
+        _, absent = load("cuda", torch.bfloat16, others)
+        assert absent[name] == f"No module named '{module}'"
 
 
 def test_one_that_fails_or_is_wrong_is_marked_and_the_others_go_on() -> None:
