@@ -47,7 +47,6 @@ OPTIONS: dict[str, Options] = {
         "length_normalize": False,
     },
 }
-
 """Objective -> its options with their defaults, in the order in which the operator takes them."""
 
 GROUPED_OBJECTIVES: tuple[str, ...] = tuple(OPTIONS)

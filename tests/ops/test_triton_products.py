@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from fastd2o.kernels import configs  # noqa: E402
-from fastd2o.kernels.configs import ProductConfig, unsupported  # noqa: E402
+from fastd2o.kernels.configs import ProductConfig  # noqa: E402
 from fastd2o.kernels.cringe_forward import cringe_forward  # noqa: E402
 from fastd2o.kernels.logprob import logprob_forward, logprob_grad_slab, partition  # noqa: E402
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TopKState  # noqa: E402
@@ -484,27 +484,6 @@ def test_cringe_gives_the_same_bits_twice() -> None:
 
 
 # ---- what is served, and how -----------------------------------------------------------------------------------------
-
-
-def test_the_reason_is_given_where_a_call_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "INTERPRETED", True)
-    assert unsupported(64, 100, torch.float32, "cpu") is None
-    assert unsupported(64, 100, torch.float16, "cpu", k=64) is None
-    assert "bfloat16" in str(unsupported(64, 100, torch.bfloat16, "cpu"))
-    assert "float64" in str(unsupported(64, 100, torch.float64, "cpu"))
-    assert "k=65" in str(unsupported(64, 100, torch.float32, "cpu", k=65))
-    assert "vocabulary of 2147483648" in str(unsupported(64, 2**31, torch.float32, "cpu"))
-    assert "mps" in str(unsupported(64, 100, torch.float32, "mps"))
-    assert "TRITON_INTERPRET" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(configs, "INTERPRETED", False)
-    assert "on cpu" in str(unsupported(64, 100, torch.float32, "cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "7.5" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert unsupported(64, 100, torch.bfloat16, "cuda", k=5) is None
 
 
 def test_what_does_not_go_together_is_refused() -> None:
