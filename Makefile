@@ -32,7 +32,8 @@ bench:
 
 # Everything that needs a CUDA device, in one command of under eight minutes, with the Python on the PATH (or PYTHON=),
 # which needs torch, pytest, rich and ninja: the kernels are compiled and run, the GPU tests, every kernel under
-# compute-sanitizer where that works, the benchmark. All of it is done even if a part fails.
+# compute-sanitizer where that works, the table by which the engine chooses, the benchmark. All of it is done even if a
+# part fails.
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 $(SANITIZER) --error-exitcode 1 --kernel-name kns=fastd2o
 gpu:
@@ -45,6 +46,7 @@ gpu:
 	else for tool in memcheck racecheck; do \
 	  echo "gpu: $$tool"; $(SANITIZE) --tool $$tool "$$python" -m benchmarks.every_kernel || failed="$$failed $$tool"; \
 	done; fi; \
+	echo "gpu: fused or not"; "$$python" -m benchmarks.tune || failed="$$failed tune"; \
 	echo "gpu: benchmark"; "$$python" -m benchmarks.logprob --device cuda $(ARGS) || failed="$$failed benchmark"; \
 	if [ -n "$$failed" ]; then echo "gpu: failed:$$failed"; exit 1; fi
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastd2o.ops.backends import Sizes, fuses, resolve, tile_dtype
 from fastd2o.ops.budget import resolve_budget
+from fastd2o.ops.measured import prefers_fused
 from fastd2o.ops.torch_tile_ops import band_elements
 
 Algorithm = Literal["forward", "unit", "recompute", "grouped", "cringe"]
@@ -65,7 +66,8 @@ class Plan:
             theirs is cast slab by slab.
         backend: of the tile operations, see :func:`fastd2o.backends`.
         fused: product and fold, or product and gradient, are one kernel, which only backend ``"triton"`` has, and not
-            for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between.
+            for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between. The
+            engine takes what ``fastd2o/ops/measured.py`` says was faster on such a GPU.
         compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
             forward and once a backward. False: nothing waits, and all tokens are projected. While a CUDA graph is
             captured, which cannot hold a wait, it is taken as False.
@@ -188,7 +190,7 @@ class Plan:
             device=device,
             weight_dtype=weight_dtype,
             backend=backend,
-            fused=fuses(backend, algorithm),
+            fused=fuses(backend, algorithm) and prefers_fused(algorithm, dtype, device),
         )
         if algorithm == "grouped":
             return plan._in_parts(DEFAULT_BUDGET if memory_budget is None else memory_budget)
