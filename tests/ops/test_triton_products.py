@@ -452,21 +452,23 @@ def test_cringe_puts_nan_first_and_leaves_infinities_out() -> None:
     assert (top.index[:, 9:] == 0).all()
 
 
-def test_cringe_finds_nan_and_leaves_infinities_out_in_later_blocks() -> None:
-    problem = Problem(tokens=70, columns=250, hidden_size=8, bias=True)
+def test_cringe_finds_nan_and_leaves_infinities_out_in_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)
+    problem = Problem(tokens=20, columns=250, hidden_size=8, bias=True)
+    assert partition(20, 250, 8 * 4, 1, CONFIG).blocks_per_split == 8
     assert problem.bias is not None
     negative_nan = torch.tensor(-(2**22), dtype=torch.int32).view(torch.float32)
-    # Where a split has several blocks, here two, the second one has nothing above what the first one had but a NaN.
+    # The second block of the split has nothing above what the first one had but a NaN.
     problem.bias[:32], problem.bias[32:] = 50.0, -50.0
     problem.bias[40] = negative_nan
-    top = TopKState.empty(70, 3, problem.hidden, torch.float32)
+    top = TopKState.empty(20, 3, problem.hidden, torch.float32)
     problem.cringe(problem.state(), top)
     assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 3)
     assert (top.index[:, 0] == 60)[problem.target[:, 0] != 60].all()
     # A NaN in the first block, nothing but padding in the second, and room left.
     problem.bias[:] = -torch.inf
     problem.bias[64:76], problem.bias[65] = 0.0, negative_nan
-    top = TopKState.empty(70, 16, problem.hidden, torch.float32)
+    top = TopKState.empty(20, 16, problem.hidden, torch.float32)
     problem.cringe(problem.state(), top)
     assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 16)
     assert (top.index[:, 12:] == 0).all()
