@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
-TABLE = Path(__file__).parents[1] / "kernels" / "measured.json"
+# In the package, or where a checkout has it.
+_PACKAGE = Path(__file__).parents[1]
+_KERNELS = _PACKAGE / "kernels" if (_PACKAGE / "kernels").exists() else _PACKAGE.parent / "kernels" / "triton"
+
+TABLE = _KERNELS / "measured.json"
 """Compute capability -> where and when it was measured, and milliseconds by dtype, algorithm and way."""
 
 WAYS = ("fused", "tiles")
