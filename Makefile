@@ -1,9 +1,10 @@
-# Two commands do everything, set-up included:
+# Three commands do everything, set-up included:
 #
 #   make demo     a tiny model unlearns rude answers from negatives alone; table, picture and model in runs/demo
 #   make test     lint, types and tests
+#   make bench    this library and its peers, measured side by side
 #
-# Both use .venv and create it when it is missing. `VENV= make test` uses the Python on the PATH and installs nothing.
+# They use .venv and create it when it is missing. `VENV= make test` uses the Python on the PATH and installs nothing.
 
 .PHONY: demo test lint bench gpu clean
 .DEFAULT_GOAL := help
@@ -25,16 +26,17 @@ lint:
 	@$(call PYTHON_WITH,dev) && echo "lint: ruff check, ruff format" && "$$python" -m ruff check . && \
 	  "$$python" -m ruff format --check . && echo "types: mypy" && "$$python" -m mypy
 
-# This library, the peers that are installed and the bare matrix products: benchmarks/results/<device>-<shape>.json.
-# ARGS=--suite measures all shapes that have targets. Then the README's tables, from what is there.
+# This library, the peers that are installed and the bare matrix products; table, JSON, Markdown and pictures in runs/bench.
+# ARGS="--quick" takes two minutes.
 bench:
-	@$(call PYTHON_WITH,dev) && "$$python" -m benchmarks.logprob $(ARGS) && "$$python" -m benchmarks.readme
+	@$(call PYTHON_WITH,dev) && "$$python" -m fastd2o bench $(ARGS)
 
 # Everything that needs a CUDA device, in one command of under eight minutes, with the Python on the PATH (or PYTHON=),
 # which needs torch, pytest, rich and ninja: the kernels are compiled and run, the GPU tests, every kernel under
-# compute-sanitizer where that works, the benchmark. All of it is done even if a part fails.
+# compute-sanitizer where that works, the table by which the engine chooses, the benchmark. All of it is done even if a
+# part fails.
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 $(SANITIZER) --error-exitcode 1 --kernel-name kns=fastd2o
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 $(SANITIZER) --error-exitcode 1 --kernel-name kns=fastd2o
 gpu:
 	@python=$${PYTHON:-python3}; failed=; \
 	echo "gpu: kernels"; "$$python" -m benchmarks.every_kernel || failed="$$failed kernels"; \
@@ -45,7 +47,8 @@ gpu:
 	else for tool in memcheck racecheck; do \
 	  echo "gpu: $$tool"; $(SANITIZE) --tool $$tool "$$python" -m benchmarks.every_kernel || failed="$$failed $$tool"; \
 	done; fi; \
-	echo "gpu: benchmark"; "$$python" -m benchmarks.logprob --device cuda $(ARGS) || failed="$$failed benchmark"; \
+	echo "gpu: fused or not"; "$$python" -m benchmarks.tune || failed="$$failed tune"; \
+	echo "gpu: benchmark"; "$$python" -m fastd2o bench --gpu --out $${OUT:-runs/bench-gpu} $(ARGS) || failed="$$failed benchmark"; \
 	if [ -n "$$failed" ]; then echo "gpu: failed:$$failed"; exit 1; fi
 
 clean:

@@ -67,6 +67,9 @@ def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, s
     for name, make in _PEERS.items():
         if make is _eager_float32 and dtype == torch.float32:
             continue  # the same as eager
+        if name in _CUDA_PEERS and device != "cuda":
+            absent[name] = f"its kernels run on cuda, not on {device}"
+            continue
         try:
             present.append(make(name))
         except ImportError as error:
@@ -177,6 +180,30 @@ def _trl(name: str) -> Contestant:
     return Contestant(name, logprob, preference={"dpo": preferences(logprob)["dpo"]})
 
 
+def _quack(name: str) -> Contestant:
+    # Its pipeline in chunks gives the sum over tokens, or their mean; token by token it has full logits.
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        result: Tensor = -linear_cross_entropy_func(
+            hidden, weight, None, target, reduction="none", inplace_backward=True
+        )
+        return result
+
+    return Contestant(name, logprob)
+
+
+def _flash_attn(name: str) -> Contestant:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # The gradient is written over the logits, which nobody else reads.
+        losses: Tensor = cross_entropy_loss(hidden @ weight.T, target, inplace_backward=True)[0]
+        return -losses
+
+    return Contestant(name, logprob)
+
+
 def _torch_chunked(name: str) -> Contestant:
     from torch.nn import LinearCrossEntropyOptions  # torch 2.13
 
@@ -224,7 +251,11 @@ _PEERS: dict[str, Callable[[str], Contestant]] = {
     "cut-cross-entropy": _cut_cross_entropy,
     "liger": _liger,  # LigerFusedLinearScaledCrossEntropyFunction
     "trl chunked": _trl,  # ChunkedLogProbFunction
+    "quack": _quack,  # linear_cross_entropy_func
+    "flash-attn": _flash_attn,  # cross_entropy_loss on eager logits
     "torch chunked": _torch_chunked,  # F.linear_cross_entropy with LinearCrossEntropyOptions()
     "eager": _eager,
     "eager float32": _eager_float32,
 }
+# Those of them that need a CUDA device.
+_CUDA_PEERS = ("quack", "flash-attn")

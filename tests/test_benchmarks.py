@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from benchmarks import every_kernel, figures, preference, steps
 from benchmarks.cases import CASES, POSITIVES, Shape
 from benchmarks.compare import compare
 from benchmarks.contest import Inputs, Patience, Setup, hold
-from benchmarks.contestants import Contestant, peer
+from benchmarks.contestants import Contestant, load, peer
 from benchmarks.instruments import Lap, Weighed, cache_bytes, weigh
 from benchmarks.plots import exponent
 from benchmarks.products import Products
@@ -181,6 +182,15 @@ def held(of_case: Shape, case: str, contestants: list[Contestant], patience: Pat
 
     setup = Setup(CASES[case], of_case, "cpu", contestants, patience, weighed)
     return {row.contestant: row for row in hold(setup).rows}
+
+
+@pytest.mark.parametrize(("name", "module"), [("quack", "quack"), ("flash-attn", "flash_attn")])
+def test_a_peer_for_cuda_says_why_it_is_absent(name: str, module: str) -> None:
+    _, absent = load("cpu", torch.float32)
+    assert absent[name] == "its kernels run on cuda, not on cpu"
+    if importlib.util.find_spec(module) is None:
+        _, absent = load("cuda", torch.bfloat16)
+        assert absent[name] == "not installed"
 
 
 def test_one_that_fails_or_is_wrong_is_marked_and_the_others_go_on() -> None:

@@ -23,8 +23,7 @@ from fastd2o.ops.logprob import check_differentiated_once
 
 Options = Mapping[str, Any]
 
-# Objective -> its options with their defaults, in the order in which csrc/loss.h and kernels/triton/loss.py take them.
-_OPTIONS: dict[str, Options] = {
+OPTIONS: dict[str, Options] = {
     "d2o": {"alpha": 0.1, "beta": 0.1, "length_normalize": False, "allow_no_anchor": False},
     "sigmoid": {"beta": 0.1, "label_smoothing": 0.0},
     "hinge": {"beta": 0.1},
@@ -48,11 +47,13 @@ _OPTIONS: dict[str, Options] = {
         "length_normalize": False,
     },
 }
+"""Objective -> its options with their defaults, in the order in which the operator takes them."""
 
-GROUPED_OBJECTIVES: tuple[str, ...] = tuple(_OPTIONS)
+GROUPED_OBJECTIVES: tuple[str, ...] = tuple(OPTIONS)
 """Every ``objective`` of :func:`grouped_loss`."""
 
 CRINGE_OBJECTIVES = ("cringe", "pairwise_cringe")
+"""Those that read token_cringe; all others read ref_logp."""
 
 
 class GroupedLoss(NamedTuple):
@@ -161,7 +162,7 @@ def grouped_loss(
 
 def resolve_options(objective: str, given: Options) -> Options:
     """All options of the objective, in their order."""
-    known = _OPTIONS[objective]
+    known = OPTIONS[objective]
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"objective {objective!r} has no option {name!r}, expected one of: {', '.join(known)}.")
@@ -204,6 +205,16 @@ _RANGES: dict[str, Callable[..., None]] = {
 }
 
 
+def check_read(objective: str, *, ref_logp: Tensor | None, token_cringe: Tensor | None) -> None:
+    """Raise unless the one of the two that the objective reads is given, and it alone."""
+    has_cringe = objective in CRINGE_OBJECTIVES
+    for name, value, read in (("ref_logp", ref_logp, not has_cringe), ("token_cringe", token_cringe, has_cringe)):
+        if value is None and read:
+            raise ValueError(f"{name} is missing: objective {objective!r} reads it. Fix: pass {name}.")
+        if value is not None and not read:
+            raise ValueError(f"{name} is given, but objective {objective!r} does not read it. Fix: leave it out.")
+
+
 def _check_tensors(
     token_logp: Tensor,
     sequence_start: Tensor,
@@ -214,12 +225,7 @@ def _check_tensors(
     objective: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Everything but values; return what is floating point in one dtype, the reference detached."""
-    reads = {"ref_logp": objective not in CRINGE_OBJECTIVES, "token_cringe": objective in CRINGE_OBJECTIVES}
-    for name, value in (("ref_logp", ref_logp), ("token_cringe", token_cringe)):
-        if value is None and reads[name]:
-            raise ValueError(f"{name} is missing: objective {objective!r} reads it. Fix: pass {name}.")
-        if value is not None and not reads[name]:
-            raise ValueError(f"{name} is given, but objective {objective!r} does not read it. Fix: leave it out.")
+    check_read(objective, ref_logp=ref_logp, token_cringe=token_cringe)
     optional = {"ref_logp": ref_logp, "token_cringe": token_cringe}
     floats = {"token_logp": token_logp, **{name: value for name, value in optional.items() if value is not None}}
     floats = dict(zip(floats, checks.logprobs(**floats), strict=True))
@@ -429,7 +435,7 @@ def _grouped_loss_op(
 
     def check_values() -> None:
         if token_logp.device.type == "cpu":  # say it as every other loss would
-            options = dict(zip(_OPTIONS[objective], parameters, strict=True))
+            options = dict(zip(OPTIONS[objective], parameters, strict=True))
             _check_values(sequence_start, group_start, positive, len(token_logp), objective, options)
 
     tensors = [

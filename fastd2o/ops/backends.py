@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -34,6 +35,23 @@ _in_vain: set[tuple[str | None, ...]] = set()
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large a call is, of which a backend's kernels may not count as far.
+
+    Attributes:
+        tokens: T.
+        hidden_size: D.
+        vocab_size: V.
+        k: candidates of :func:`fastd2o.linear_cringe`; None where a call has none.
+    """
+
+    tokens: int = 1
+    hidden_size: int = 1
+    vocab_size: int = 1
+    k: int | None = None
+
+
 def backends() -> dict[str, str | None]:
     """Every backend's name -> None where it works here (its kernels may have to be compiled first), otherwise the
     reason why it does not."""
@@ -55,33 +73,48 @@ def check_backend(backend: str | None) -> None:
     _refuse(backend, _unavailable(backend))
 
 
-def supported(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve matrix products of this dtype on this device, or None where it can."""
-    return _misfit(backend, device, dtype) or _unavailable(backend)
+def supported(backend: str, device: str, dtype: torch.dtype, sizes: Sizes | None = None) -> str | None:
+    """Why this backend cannot serve a call, or None where it can.
+
+    Args:
+        device: "cpu" or "cuda", where the call's tensors are.
+        dtype: of its matrix products.
+        sizes: None for a call of any size that is usual.
+    """
+    return _misfit(backend, device, dtype) or _unavailable(backend) or _beyond(backend, sizes)
 
 
-# Compiling kernels, or finding that they cannot be had, is nothing that a graph should hold.
-@torch.compiler.assume_constant_result
-def resolve(backend: str | None, device: str, dtype: torch.dtype) -> str:
+def resolve(backend: str | None, device: str, dtype: torch.dtype, sizes: Sizes | None = None) -> str:
     """The name of the backend that will serve a call, its kernels compiled and loaded.
 
     Args:
         backend: a name, or None for the best that works.
-        device: "cpu" or "cuda", where the call's tensors are.
-        dtype: of its matrix products.
+        device, dtype, sizes: as in :func:`supported`.
 
     Raises:
         ValueError: for an unknown name, or one that cannot serve: a backend asked for by name is never replaced by
             another.
     """
     if backend is not None:
-        check_backend(backend)
-        _refuse(backend, supported(backend, device, dtype) or _load(backend))
+        _check_serves(backend, device, dtype)
+        _refuse(backend, _beyond(backend, sizes))
         return backend
     for name in _PREFERRED.get(device, ()):
-        if _misfit(name, device, dtype) is None and _can_load(name):
+        if _serves(name, device, dtype) and _beyond(name, sizes) is None:
             return name
     return "torch"
+
+
+# Compiling kernels, or finding that they cannot be had, is nothing that a graph should hold. Sizes may be its symbols.
+@torch.compiler.assume_constant_result
+def _check_serves(backend: str, device: str, dtype: torch.dtype) -> None:
+    check_backend(backend)
+    _refuse(backend, supported(backend, device, dtype) or _load(backend))
+
+
+@torch.compiler.assume_constant_result
+def _serves(backend: str, device: str, dtype: torch.dtype) -> bool:
+    return _misfit(backend, device, dtype) is None and _can_load(backend)
 
 
 def tile_dtype(dtype: torch.dtype, device: str, backend: str) -> torch.dtype:
@@ -102,26 +135,13 @@ def tile_ops(backend: str, transform: LogitTransform, dtype: torch.dtype) -> Til
     return _TILE_OPS[backend](transform, dtype)
 
 
-def check_candidates(backend: str, k: int) -> None:
-    """Refuse more candidates than the backend's kernel for Cringe keeps.
-
-    Raises:
-        ValueError: with the fix.
-    """
-    if backend == "triton":
-        from fastd2o.kernels.configs import MAX_CANDIDATES
-
-        if k > MAX_CANDIDATES:
-            _refuse(backend, f"it keeps at most {MAX_CANDIDATES} candidates, and k={k}")
-
-
 def _misfit(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why the backend is not one for such calls, on any machine."""
+    """Why the backend is not one for such calls; what a build could mend does not count."""
     if backend == "torch":
         return None
     if backend == "triton":
-        # Triton is an optional dependency, whose absence is told by _unavailable, and takes a while to import.
-        return None if _unavailable(backend) else _triton_misfit(device, dtype)
+        # Triton is an optional dependency, and takes a while to import.
+        return _unavailable(backend) or _triton_misfit(device, dtype)
     if device != backend:
         return f"its kernels run on {backend}, and hidden is on {device}"
     if dtype not in _NATIVE_DTYPES:
@@ -143,7 +163,16 @@ def _unavailable(backend: str) -> str | None:
 def _triton_misfit(device: str, dtype: torch.dtype) -> str | None:
     from fastd2o.kernels import configs
 
-    return configs.unsupported(1, 1, dtype, device)
+    return configs.unsupported(dtype, device)
+
+
+def _beyond(backend: str, sizes: Sizes | None) -> str | None:
+    """Why a backend that is there cannot serve a call of these sizes."""
+    if backend != "triton" or sizes is None:
+        return None
+    from fastd2o.kernels import configs
+
+    return configs.beyond_limits(sizes)
 
 
 def _load(backend: str) -> str | None:

@@ -118,13 +118,14 @@ def choose_plan(
     *,
     cringe: bool = False,
     grouped: bool = False,
+    k: int | None = None,
     memory_budget: int | float | None = None,
 ) -> Plan:
     """The plan that a caller gave, if it fits the call; the engine's own if none was given. A backend that the call
-    names goes before the plan's."""
+    names goes before the plan's. ``cringe``, ``grouped``, ``k``: as in :meth:`Plan.of`."""
     kind = {"cringe": cringe, "grouped": grouped}
     if plan is None:
-        return Plan.of(hidden, weight, bias, **kind, backend=backend, memory_budget=memory_budget)
+        return Plan.of(hidden, weight, bias, **kind, k=k, backend=backend, memory_budget=memory_budget)
     if not isinstance(plan, Plan):
         raise TypeError(
             f"plan is a {type(plan).__name__}: expected a fastd2o.Plan, as Plan.of(hidden, weight) gives it"
@@ -134,7 +135,7 @@ def choose_plan(
             "plan and memory_budget are both given, and the plan says already what is kept. Fix: leave one out, or "
             "Plan.of(..., memory_budget=...)"
         )
-    expected = Plan.of(hidden, weight, bias, **kind, backend=backend or plan.backend)
+    expected = Plan.of(hidden, weight, bias, **kind, k=k, backend=backend or plan.backend)
     if plan.algorithm == "grouped" and grouped and expected.algorithm != "grouped":
         # The same call without a gradient, or with a frozen head: there are no parts.
         fused = fuses(plan.backend, expected.algorithm) and plan.fused

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import engine
-from fastd2o.ops.backends import check_candidates
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
@@ -99,8 +98,7 @@ def linear_cringe(
     check_target("counter", counter, hidden)
     check_integer("ignore_index", ignore_index)
     check_not_forward_mode(hidden, weight, bias)
-    chosen = choose_plan(plan, backend, hidden, weight, bias, cringe=True)
-    check_candidates(chosen.backend, k)
+    chosen = choose_plan(plan, backend, hidden, weight, bias, cringe=True, k=k)
     # On the CPU whatever the device, so that reading it there waits for nothing.
     if seed is None:
         if not torch.compiler.is_compiling() and hidden.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastd2o.ops.backends import fuses, resolve, tile_dtype
+from fastd2o.ops.backends import Sizes, fuses, resolve, tile_dtype
 from fastd2o.ops.budget import resolve_budget
+from fastd2o.ops.measured import prefers_fused
 from fastd2o.ops.torch_tile_ops import band_elements
 
 Algorithm = Literal["forward", "unit", "recompute", "grouped", "cringe"]
@@ -65,7 +66,8 @@ class Plan:
             theirs is cast slab by slab.
         backend: of the tile operations, see :func:`fastd2o.backends`.
         fused: product and fold, or product and gradient, are one kernel, which only backend ``"triton"`` has, and not
-            for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between.
+            for ``"unit"``; False: the product is the vendor's, and a tile of logits is in memory in between. The
+            engine takes what ``fastd2o/ops/measured.py`` says was faster on such a GPU.
         compact: project only the tokens that count. To know how many those are, the host waits for the device, once a
             forward and once a backward. False: nothing waits, and all tokens are projected. While a CUDA graph is
             captured, which cannot hold a wait, it is taken as False.
@@ -115,12 +117,14 @@ class Plan:
         *,
         cringe: bool = False,
         grouped: bool = False,
+        k: int | None = None,
         backend: str | None = None,
         memory_budget: int | float | None = None,
     ) -> Plan:
         """The engine's own plan of a call on these tensors, under the gradient mode and autocast that are on.
 
-        ``cringe``, ``grouped``: of :func:`fastd2o.linear_cringe`, :func:`fastd2o.linear_preference_loss`.
+        ``cringe``, ``grouped``: of :func:`fastd2o.linear_cringe`, which has ``k`` candidates,
+        :func:`fastd2o.linear_preference_loss`.
         """
         device = hidden.device.type
         dtype = hidden.dtype
@@ -133,15 +137,16 @@ class Plan:
                 algorithm = "grouped" if grouped else "recompute"
             elif hidden.requires_grad:
                 algorithm = "unit"
+        tokens, hidden_size, vocab_size = hidden.numel() // hidden.shape[-1], hidden.shape[-1], weight.shape[0]
         return cls.choose(
-            tokens=hidden.numel() // hidden.shape[-1],
-            hidden_size=hidden.shape[-1],
-            vocab_size=weight.shape[0],
+            tokens=tokens,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
             algorithm=algorithm,
             dtype=dtype,
             device=device,
             weight_dtype=weight.dtype,
-            backend=resolve(backend, device, dtype),
+            backend=resolve(backend, device, dtype, Sizes(tokens, hidden_size, vocab_size, k)),
             memory_budget=resolve_budget(memory_budget, hidden.device),
         )
 
@@ -165,7 +170,7 @@ class Plan:
         ``memory_budget``: bytes beyond inputs, results and gradients that the call may take. ``"recompute"`` keeps
         softmax weights with what is left of it (None: none), ``"grouped"`` also sums of several parts (None: 1 GiB).
         """
-        backend = backend or resolve(None, device, dtype)
+        backend = backend or resolve(None, device, dtype, Sizes(tokens, hidden_size, vocab_size))
         block_tokens = max(1, min(tokens, _BLOCK_TOKENS.get(device, _BLOCK_TOKENS["cuda"])))
         budget = _TILE_BYTES.get(device, _TILE_BYTES["cuda"])
         columns = budget // (block_tokens * tile_dtype(dtype, device, backend).itemsize)
@@ -185,7 +190,7 @@ class Plan:
             device=device,
             weight_dtype=weight_dtype,
             backend=backend,
-            fused=fuses(backend, algorithm),
+            fused=fuses(backend, algorithm) and prefers_fused(algorithm, dtype, device),
         )
         if algorithm == "grouped":
             return plan._in_parts(DEFAULT_BUDGET if memory_budget is None else memory_budget)

@@ -22,8 +22,7 @@ class TritonTileOps:
         self._kernels, self._products = tiles, logprob
         self._cringe_forward = cringe_forward.cringe_forward
         self._cringe_backward = cringe_backward.cringe_backward
-        self._torch = TorchTileOps(transform, dtype)
-        self.product = self._torch.product
+        self.product = TorchTileOps(transform, dtype).product
 
     def fold(
         self,
@@ -50,16 +49,11 @@ class TritonTileOps:
         self._kernels.grad(logits_TN, target_T1, vocab_start, lse_others_T1, coef_T1, out_TN, self.transform)
 
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
-        """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`. More candidates than the kernel keeps are torch's."""
-        if state.values.shape[1] > self._kernels.MAX_CANDIDATES:
-            self._torch.topk(logits_TN, target_T1, vocab_start, state)
-        else:
-            self._kernels.topk(logits_TN, target_T1, vocab_start, state, self.transform)
+        """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`."""
+        self._kernels.topk(logits_TN, target_T1, vocab_start, state, self.transform)
 
     def draw(self, state: TopKState, seed: int, counter_T: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`fastd2o.ops.tile_ops.TileOps.draw`."""
-        if state.values.shape[1] > self._kernels.MAX_CANDIDATES:
-            return self._torch.draw(state, seed, counter_T)
         positive_T, positive_logit_T = self._kernels.draw(state, seed, counter_T)
         return positive_T, positive_logit_T
 

@@ -27,6 +27,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastd2o.ops.backends import Sizes
+
 # What @triton.jit has asked when the kernels beside this module were defined.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -93,15 +95,12 @@ TABLE: dict[str, dict[int, dict[int, ProductConfig]]] = {
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-def unsupported(
-    hidden_size: int, vocab_size: int, dtype: torch.dtype, device_type: str, k: int | None = None
-) -> str | None:
-    """Why these kernels cannot serve a call, or None where they can.
+def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why these kernels cannot serve calls, or None where they can.
 
     Args:
         dtype: of ``hidden`` and ``weight`` in the product.
-        device_type: "cuda" or "cpu", where the call's tensors are.
-        k: of Cringe's pass, if it is that.
+        device_type: "cuda" or "cpu", where a call's tensors are.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -123,11 +122,21 @@ def unsupported(
             return "Triton's interpreter cannot multiply bfloat16"
     else:
         return f"its kernels run on cuda, and hidden is on {device_type}"
-    for what, size in (("a hidden size", hidden_size), ("a vocabulary", vocab_size)):
+    return None
+
+
+def beyond_limits(sizes: Sizes) -> str | None:
+    """Why these kernels cannot serve a call of these sizes, or None where they can."""
+    named = (
+        (sizes.tokens, "tokens"),
+        (sizes.hidden_size, "hidden entries"),
+        (sizes.vocab_size, "columns of the vocabulary"),
+    )
+    for size, what in named:
         if size > MAX_SIZE:
-            return f"{what} of {size} is more than the {MAX_SIZE} that its kernels count"
-    if k is not None and not 1 <= k <= MAX_CANDIDATES:
-        return f"k={k}, and its kernels take 1 to {MAX_CANDIDATES}"
+            return f"its kernels count up to {MAX_SIZE} {what}, and the call has {size}"
+    if sizes.k is not None and sizes.k > MAX_CANDIDATES:
+        return f"it keeps at most {MAX_CANDIDATES} candidates, and k={sizes.k}"
     return None
 
 

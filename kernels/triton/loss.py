@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastd2o.kernels.scalar import NEG_INF
+from fastd2o.losses import checks
+from fastd2o.losses.fused import GROUPED_OBJECTIVES, OPTIONS, check_read
 
 # --- numbers with derivatives -----------------------------------------------------------------------------------------
 
@@ -166,30 +168,6 @@ def log_add_exp(x, number):
 
 
 # --- the objectives ---------------------------------------------------------------------------------------------------
-
-# Objective -> its parameters in the order in which they come, switches as 0 or 1.
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "d2o": ("alpha", "beta", "length_normalize", "allow_no_anchor"),
-    "sigmoid": ("beta", "label_smoothing"),
-    "hinge": ("beta",),
-    "ipo": ("beta",),
-    "robust": ("beta", "label_smoothing"),
-    "dpop": ("beta", "dpop_lambda"),
-    "bdpo": ("beta", "bdpo_lambda"),
-    "apo_zero": ("beta",),
-    "apo_down": ("beta",),
-    "nca_pair": ("beta",),
-    "sppo_hard": ("beta",),
-    "exo_pair": ("beta", "label_smoothing"),
-    "bco_pair": ("beta", "bco_baseline"),
-    "discopop": ("beta", "discopop_tau"),
-    "cringe": ("alpha",),
-    "pairwise_cringe": ("margin", "temperature", "detach_gate", "alpha", "length_normalize"),
-}
-
-
-CRINGE_OBJECTIVES = ("cringe", "pairwise_cringe")
-"""Those that read token_cringe; all others read ref_logp."""
 
 
 class Numbers(NamedTuple):
@@ -529,8 +507,8 @@ def loss(
         group_start: [G + 1] int64, where in S each group begins, and S.
         positive: [S] bool.
         ref_logp: [S] float32; for all but the Cringe objectives.
-        objective: a name of :data:`PARAMETERS`.
-        parameters: its parameters, in that order.
+        objective: one of :data:`fastd2o.losses.GROUPED_OBJECTIVES`.
+        parameters: its options, in the order of :data:`fastd2o.losses.fused.OPTIONS`, switches as 0 or 1.
         config: block sizes.
 
     Returns:
@@ -546,7 +524,7 @@ def loss(
     loss_G = token_logp.new_empty(groups)
     sequence_logp, logp_coef, cringe_coef = (token_logp.new_empty(sequences) for _ in range(3))
     if groups > 0:
-        given = dict(zip(PARAMETERS[objective], parameters, strict=True))
+        given = dict(zip(OPTIONS[objective], parameters, strict=True))
         with torch.cuda.device_of(token_logp):
             loss_kernel[(groups,)](
                 token_logp,
@@ -615,19 +593,13 @@ def _check(
     parameters: Values[float],
 ) -> None:
     """What can be checked of a call without looking at values."""
-    if objective not in PARAMETERS:
-        raise ValueError(f"loss: objective is {objective!r}, expected one of: {', '.join(PARAMETERS)}")
-    names = PARAMETERS[objective]
+    checks.one_of("objective", objective, GROUPED_OBJECTIVES)
+    names = OPTIONS[objective]
     if len(parameters) != len(names):
         raise ValueError(
             f"loss: {objective!r} has {len(names)} parameters ({', '.join(names)}), but {len(parameters)} are given"
         )
-    has_cringe = objective in CRINGE_OBJECTIVES
-    for name, optional, wanted in (("token_cringe", token_cringe, has_cringe), ("ref_logp", ref_logp, not has_cringe)):
-        if optional is None and wanted:
-            raise ValueError(f"loss: {name} is missing: {objective!r} reads it")
-        if optional is not None and not wanted:
-            raise ValueError(f"loss: {name} is not read by {objective!r}; leave it out")
+    check_read(objective, ref_logp=ref_logp, token_cringe=token_cringe)
     tokens, sequences, groups = token_logp.numel(), positive.numel(), group_start.numel() - 1
     if groups < 0:
         raise ValueError("loss: group_start is empty, expected the G + 1 offsets of G groups")

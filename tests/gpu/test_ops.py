@@ -91,6 +91,14 @@ def test_sixteen_bits_are_more_accurate_than_eager(
         assert ours <= 1.05 * rms_error(eager_gradients[name], expected_gradients[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_of_large_logits_are_within_two_thousandths_of_a_nat(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(tokens=301, hidden_size=512, vocab_size=9001, dtype=dtype, bias=False, scale=5.5)
+    assert 20 < case.logits({name: tensor.double() for name, tensor in case.tensors.items()}).abs().max() < 30
+    value, _ = run(case, False, backend=backend)
+    assert (value - case.oracle()[0]).abs().max() < 2e-3
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_master_weights_under_autocast(backend: str, trained: bool) -> None:
     case = make_case(tokens=65, hidden_size=64, vocab_size=1001, dtype=torch.float32)

@@ -15,7 +15,8 @@ from fastd2o.ops.backends import _PREFERRED
 @pytest.fixture(scope="module", params=["torch", "cpu", "triton"])
 def default_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """What ``backend=None`` means. A module says by ``pytestmark = pytest.mark.usefixtures("default_backend")`` that it
-    is to be run for each. Triton's kernels run in its interpreter, and what that cannot do runs on ``torch``."""
+    is to be run for each, and a test by ``pytest.mark.backends("torch", ...)`` that it is for some of them alone.
+    Triton's kernels run in its interpreter, a thousand times slower: shapes are small."""
     backend: str = request.param
     with pytest.MonkeyPatch.context() as patch:
         if backend == "cpu":
@@ -33,36 +34,29 @@ def default_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield backend
 
 
-# What Triton's interpreter, a thousand times slower than the kernels, is put through: the shapes are small.
-_INTERPRETED = {
-    "test_matches_the_oracle",
-    "test_mixed_dtypes_compute_in_the_dtype_of_hidden",
-    "test_leading_dimensions_and_strides_do_not_matter",
-    "test_an_expanded_bias",
-    "test_extreme_logits",
-    "test_nan_is_not_hidden_and_stays_in_its_row",
-    "test_padding_columns_take_no_part",
-    "test_statistics_leave_padding_columns_out",
-    "test_everything_ignored_is_a_zero_that_is_still_connected",
-    "test_without_waiting_for_the_device_nothing_changes",
-    "test_two_runs_give_the_same_bits",
-    "test_value_and_gradients",
-    "test_fewer_finite_alternatives_than_k",
-    "test_no_finite_alternative_costs_nothing",
-    "test_counters_carry_the_draw_along_with_the_data",
+# Of the dtypes by which tests are parametrised, what each backend serves here: others would run on ``torch`` again.
+_SERVED = {
+    "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.float16),  # its interpreter cannot multiply bfloat16
 }
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the interpreter would take too long for, and what would run on ``torch`` twice."""
+    """Leave out what would run on ``torch`` twice, and what a test's mark ``backends`` does."""
 
     def left_out(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("default_backend") != "triton":
+        backend = parameters.get("default_backend")
+        if backend is None:
             return False
-        name = item.name.partition("[")[0]
-        return name not in _INTERPRETED or parameters.get("dtype") in (torch.float64, torch.bfloat16)
+        mark = item.get_closest_marker("backends")
+        dtype = parameters.get("hidden_dtype", parameters.get("dtype", torch.float32))
+        return (mark is not None and backend not in mark.args) or dtype not in _SERVED[backend]
 
-    gone = [item for item in items if left_out(item)]
+    gone: list[pytest.Item] = []
+    kept: list[pytest.Item] = []
+    for item in items:
+        (gone if left_out(item) else kept).append(item)
     config.hook.pytest_deselected(items=gone)
-    items[:] = [item for item in items if item not in gone]
+    items[:] = kept

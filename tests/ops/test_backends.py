@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastd2o
 from fastd2o.ops import native
-from fastd2o.ops.backends import BACKENDS, check_backend, resolve, supported
+from fastd2o.ops.backends import _PREFERRED, BACKENDS, Sizes, check_backend, resolve, supported
 from tests.ops.oracle import make_case, relative_error
 
 NATIVE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,6 +85,85 @@ def test_a_backend_of_another_device_is_refused() -> None:
     assert resolve("torch", "cuda", torch.bfloat16) == "torch"
     with pytest.raises(ValueError, match=r"backend='cuda' cannot serve: .*Fix: .*backend='torch', or None"):
         fastd2o.linear_logprob(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cuda")
+
+
+# ---- what Triton's kernels cannot serve ------------------------------------------------------------------------------
+
+# Machine (the interpreter, or a GPU's compute capability, or neither) and call -> the reason; "" where they serve.
+INTERPRETER, NOTHING = "interpreter", None
+REASONS: list[tuple[Any, str, torch.dtype, Sizes | None, str]] = [
+    (INTERPRETER, "cpu", torch.float16, Sizes(9, 64, 100, k=64), ""),
+    (INTERPRETER, "cpu", torch.bfloat16, None, "Triton's interpreter cannot multiply bfloat16"),
+    (INTERPRETER, "cpu", torch.float64, None, "it has no float64 arithmetic"),
+    (INTERPRETER, "mps", torch.float32, None, "its kernels run on cuda, and hidden is on mps"),
+    (INTERPRETER, "cuda", torch.float32, None, "TRITON_INTERPRET is set, under which its kernels run on the CPU only"),
+    (INTERPRETER, "cpu", torch.float32, Sizes(k=65), "it keeps at most 64 candidates, and k=65"),
+    (
+        INTERPRETER,
+        "cpu",
+        torch.float32,
+        Sizes(vocab_size=2**31),
+        "columns of the vocabulary, and the call has 2147483648",
+    ),
+    (INTERPRETER, "cpu", torch.float32, Sizes(hidden_size=2**31), "hidden entries, and the call has 2147483648"),
+    (INTERPRETER, "cpu", torch.float32, Sizes(tokens=2**31), "tokens, and the call has 2147483648"),
+    (NOTHING, "cuda", torch.float32, None, "there is no CUDA device"),
+    (NOTHING, "cpu", torch.float32, None, "there is no CUDA device"),
+    ((7, 5), "cuda", torch.float32, None, "need compute capability 8.0 or above, and this GPU has 7.5"),
+    ((8, 0), "cpu", torch.float32, None, "its kernels run on cuda, and hidden is on cpu"),
+    ((8, 0), "cuda", torch.float64, None, "it has no float64 arithmetic"),
+    ((9, 0), "cuda", torch.bfloat16, Sizes(9, 64, 100, k=5), ""),
+    ((9, 0), "cuda", torch.bfloat16, Sizes(k=65), "it keeps at most 64 candidates, and k=65"),
+]
+
+
+@pytest.mark.parametrize(("machine", "device", "dtype", "sizes", "reason"), REASONS)
+def test_triton_has_a_reason_by_name_and_the_next_backend_serves_without_one(
+    machine: Any, device: str, dtype: torch.dtype, sizes: Sizes | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from fastd2o.kernels import configs
+
+    monkeypatch.setattr(configs, "INTERPRETED", machine is INTERPRETER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: isinstance(machine, tuple))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: machine)
+    monkeypatch.setitem(_PREFERRED, device, ("triton", "torch"))
+    call = (device, dtype, sizes)
+    if not reason:
+        assert supported("triton", *call) is None
+        assert resolve("triton", *call) == resolve(None, *call) == "triton"
+        return
+    assert reason in str(supported("triton", *call))
+    with pytest.raises(ValueError, match=f"^backend='triton' cannot serve: .*{reason}.*backend='torch', or None"):
+        resolve("triton", *call)
+    assert resolve(None, *call) == "torch"
+
+
+def test_without_triton_the_reason_is_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(_PREFERRED, "cpu", ("triton", "torch"))
+    with pytest.raises(ValueError, match=r"'triton' cannot serve: .* Fix: pip install 'fastd2o\[triton\]'; or"):
+        resolve("triton", "cpu", torch.float32)
+    assert resolve(None, "cpu", torch.float32) == "torch"
+
+
+def test_an_operator_asks_for_the_sizes_of_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    if (why := supported("triton", "cpu", torch.float32)) is not None:
+        pytest.skip(why)
+    hidden, weight, target = torch.randn(2, 4), torch.randn(70, 4), torch.tensor([3, 69])
+    message = "^backend='triton' cannot serve: it keeps at most 64 candidates, and k=65. Fix: backend='torch', or None"
+    for given in ({"backend": "triton"}, {"plan": fastd2o.Plan.of(hidden, weight, cringe=True, backend="triton")}):
+        with pytest.raises(ValueError, match=message):
+            fastd2o.linear_cringe(hidden, weight, target, k=65, **given)
+    expected = fastd2o.linear_cringe(hidden, weight, target, k=65, seed=0, backend="torch")
+    monkeypatch.setitem(_PREFERRED, "cpu", ("triton", "torch"))
+    found = fastd2o.linear_cringe(hidden, weight, target, k=65, seed=0)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    with FakeTensorMode():
+        huge = torch.empty(2**31, 4)
+        with pytest.raises(ValueError, match="columns of the vocabulary, and the call has 2147483648"):
+            fastd2o.Plan.of(torch.empty(2, 4), huge, backend="triton")
+        assert fastd2o.Plan.of(torch.empty(2, 4), huge).backend == "torch"
 
 
 # ---- without kernels -------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from torch import Tensor
 import fastd2o
 from fastd2o.memory import measure_memory
 
-pytestmark = pytest.mark.usefixtures("default_backend")
+# What Triton's interpreter allocates is not what its kernels do.
+pytestmark = [pytest.mark.usefixtures("default_backend"), pytest.mark.backends("torch", "cpu")]
 
 TOKENS, HIDDEN, VOCAB = 1024, 64, 40_000
 
@@ -88,6 +89,7 @@ def test_a_plan_bounds_the_memory_of_full_tiles(algorithm: str) -> None:
     assert use.peak - sum(leaf.nbytes for leaf in leaves) <= plan.extra_bytes
 
 
+@pytest.mark.backends("torch")
 def test_the_measurement_sees_full_logits() -> None:
     """The guard above can fail: eager code holds what it forbids."""
     hidden, weight, target = inputs(trained=True)
@@ -111,10 +113,13 @@ def test_a_master_weight_is_cast_slab_by_slab() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False])
 def test_extra_memory_at_the_shape_of_a_real_model(trained: bool) -> None:
-    """T 2048, D 1024, V 128256 in bfloat16: under 150 MB beyond inputs and gradients (eager: 2,300 MB)."""
+    """T 2048, D 1024, V 128256 in bfloat16: under 150 MB beyond inputs and gradients (eager: 2,300 MB), says the plan;
+    that it is right is seen at a quarter of D, and so of the time."""
+    hidden, weight = torch.empty(2048, 1024, dtype=torch.bfloat16), torch.empty(128256, 1024, dtype=torch.bfloat16)
+    assert fastd2o.Plan.of(hidden.requires_grad_(), weight.requires_grad_(trained)).extra_bytes < 150e6
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2048, 1024, generator=generator).bfloat16().requires_grad_()
-    weight = torch.empty(128256, 1024, dtype=torch.bfloat16).normal_(std=0.03, generator=generator)
+    hidden = torch.randn(2048, 256, generator=generator).bfloat16().requires_grad_()
+    weight = torch.empty(128256, 256, dtype=torch.bfloat16).normal_(std=0.06, generator=generator)
     weight.requires_grad_(trained)
     target = torch.randint(128256, (2048,), generator=generator)
     leaves = [hidden, weight] if trained else [hidden]
@@ -122,5 +127,5 @@ def test_extra_memory_at_the_shape_of_a_real_model(trained: bool) -> None:
         lambda: torch.autograd.grad(fastd2o.linear_logprob(hidden, weight, target).sum(), leaves),
         warm_up=False,
     )
-    assert use.peak - sum(tensor.nbytes for tensor in leaves) < 150e6
+    assert use.peak - sum(tensor.nbytes for tensor in leaves) <= fastd2o.Plan.of(hidden, weight).extra_bytes
     assert use.largest <= max(weight.nbytes if trained else 0, 40e6)

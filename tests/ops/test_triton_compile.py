@@ -12,13 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
+import fastd2o.kernels  # noqa: E402
+from fastd2o.kernels.configs import TABLE as TABLE_OF_BLOCKS  # noqa: E402
 from tests.ops.triton_compilations import ARCHITECTURES, SHARED_LIMIT, SMALL, SMALL_LIMIT, Compiled  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +105,21 @@ def test_no_kernel_spills_and_every_product_uses_tensor_cores(kernels: list[Comp
 
 
 @pytest.mark.slow
+def test_every_kernel_is_compiled_in_every_configuration_of_the_table(kernels: list[Compiled]) -> None:
+    modules = [import_module(f"fastd2o.kernels.{one.name}") for one in iter_modules(fastd2o.kernels.__path__)]
+    launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    for arch in ARCHITECTURES:
+        assert {one.kernel for one in kernels if one.arch == arch} == launched
+    compiled = {(one.name, one.arch) for one in kernels}
+    for kernel, by_arch in TABLE_OF_BLOCKS.items():
+        for bits, dtype in ((16, "bfloat16"), (32, "float32")):
+            name = f"{kernel} product {dtype} everything"
+            assert {(name, arch) for arch in ARCHITECTURES} <= compiled
+            # GPUs with less shared memory have configurations of their own where sm_80's do not fit.
+            assert by_arch[86][bits] == by_arch[80][bits] or (f"{name} {SMALL}", 80) in compiled
+
+
+@pytest.mark.slow
 def test_resources_are_those_recorded(kernels: list[Compiled], table: dict[str, Any]) -> None:
     recorded = {(name, arch) for name, by_arch in table["kernels"].items() for arch in by_arch}
     assert {(one.name, f"sm_{one.arch}") for one in kernels} == recorded, (
@@ -114,7 +133,7 @@ def test_resources_are_those_recorded(kernels: list[Compiled], table: dict[str, 
 def test_what_is_wrong_is_found() -> None:
     def compiled(**changes: Any) -> Compiled:
         fields: dict[str, Any] = {"registers": 40, "stack": 0, "shared": 1024, "instructions": ("wgmma.mma_async",)}
-        return Compiled(**{"name": "f", "arch": 90, "uses_tensor_cores": True, **fields, **changes})
+        return Compiled(**{"name": "f", "kernel": "f", "arch": 90, "uses_tensor_cores": True, **fields, **changes})
 
     assert complaints([compiled(), compiled(arch=80, instructions=()), compiled(name=f"f {SMALL}")]) == []
     assert len(complaints([compiled(stack=8)])) == 1

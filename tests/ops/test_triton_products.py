@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from fastd2o.kernels import configs  # noqa: E402
-from fastd2o.kernels.configs import ProductConfig, unsupported  # noqa: E402
+from fastd2o.kernels.configs import ProductConfig  # noqa: E402
 from fastd2o.kernels.cringe_forward import cringe_forward  # noqa: E402
 from fastd2o.kernels.logprob import logprob_forward, logprob_grad_slab, partition  # noqa: E402
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TopKState  # noqa: E402
@@ -452,21 +452,23 @@ def test_cringe_puts_nan_first_and_leaves_infinities_out() -> None:
     assert (top.index[:, 9:] == 0).all()
 
 
-def test_cringe_finds_nan_and_leaves_infinities_out_in_later_blocks() -> None:
-    problem = Problem(tokens=70, columns=250, hidden_size=8, bias=True)
+def test_cringe_finds_nan_and_leaves_infinities_out_in_later_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: 1)
+    problem = Problem(tokens=20, columns=250, hidden_size=8, bias=True)
+    assert partition(20, 250, 8 * 4, 1, CONFIG).blocks_per_split == 8
     assert problem.bias is not None
     negative_nan = torch.tensor(-(2**22), dtype=torch.int32).view(torch.float32)
-    # Where a split has several blocks, here two, the second one has nothing above what the first one had but a NaN.
+    # The second block of the split has nothing above what the first one had but a NaN.
     problem.bias[:32], problem.bias[32:] = 50.0, -50.0
     problem.bias[40] = negative_nan
-    top = TopKState.empty(70, 3, problem.hidden, torch.float32)
+    top = TopKState.empty(20, 3, problem.hidden, torch.float32)
     problem.cringe(problem.state(), top)
     assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 3)
     assert (top.index[:, 0] == 60)[problem.target[:, 0] != 60].all()
     # A NaN in the first block, nothing but padding in the second, and room left.
     problem.bias[:] = -torch.inf
     problem.bias[64:76], problem.bias[65] = 0.0, negative_nan
-    top = TopKState.empty(70, 16, problem.hidden, torch.float32)
+    top = TopKState.empty(20, 16, problem.hidden, torch.float32)
     problem.cringe(problem.state(), top)
     assert chosen(top) == best(problem.raw(), problem.target, problem.vocab_start, 16)
     assert (top.index[:, 12:] == 0).all()
@@ -484,27 +486,6 @@ def test_cringe_gives_the_same_bits_twice() -> None:
 
 
 # ---- what is served, and how -----------------------------------------------------------------------------------------
-
-
-def test_the_reason_is_given_where_a_call_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "INTERPRETED", True)
-    assert unsupported(64, 100, torch.float32, "cpu") is None
-    assert unsupported(64, 100, torch.float16, "cpu", k=64) is None
-    assert "bfloat16" in str(unsupported(64, 100, torch.bfloat16, "cpu"))
-    assert "float64" in str(unsupported(64, 100, torch.float64, "cpu"))
-    assert "k=65" in str(unsupported(64, 100, torch.float32, "cpu", k=65))
-    assert "vocabulary of 2147483648" in str(unsupported(64, 2**31, torch.float32, "cpu"))
-    assert "mps" in str(unsupported(64, 100, torch.float32, "mps"))
-    assert "TRITON_INTERPRET" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(configs, "INTERPRETED", False)
-    assert "on cpu" in str(unsupported(64, 100, torch.float32, "cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "7.5" in str(unsupported(64, 100, torch.float32, "cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    assert unsupported(64, 100, torch.bfloat16, "cuda", k=5) is None
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -424,9 +424,7 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(one, two) for one, two in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("k", [5, 70])
-def test_the_backend_calls_them(k: int) -> None:
-    """With more candidates than the kernels keep, torch serves."""
+def test_the_backend_calls_them() -> None:
     ops, reference = TritonTileOps(PLAIN, torch.float32), TorchTileOps(PLAIN, torch.float32)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(90, 8, generator=generator)
@@ -435,7 +433,7 @@ def test_the_backend_calls_them(k: int) -> None:
     for one in (ops, reference):
         logits = torch.empty(6, 90, device=DEVICE)
         one.product(logits, hidden.to(DEVICE), weight.to(DEVICE).t(), bias)
-        top = TopKState.empty(6, k, logits, torch.float32)
+        top = TopKState.empty(6, 5, logits, torch.float32)
         one.topk(logits, target, 0, top)
         state = fold_state(6, torch.float32, False)
         weights, gradient = torch.empty_like(logits), torch.empty_like(logits)

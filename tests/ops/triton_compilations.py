@@ -60,6 +60,7 @@ class Compiled:
     """What came of it; bytes of stack and shared memory, and the tensor core instructions in its PTX."""
 
     name: str
+    kernel: str
     arch: int
     registers: int
     stack: int
@@ -149,8 +150,6 @@ def compilations(arch: int) -> Iterator[Compilation]:
             )
             yield Compilation(**{**vars(small), "name": f"{small.name} {SMALL}"})
 
-    if arch != 90:  # nothing in the others depends on it
-        return
     for statistics in (False, True):
         signature = {argument: types.get(argument, "i32") for argument in merge_folds_kernel.arg_names}
         constants: dict[str, Any] = {"BLOCK_S": 16, "BLOCK_T": 64, "STATISTICS": statistics}
@@ -208,6 +207,7 @@ def compile_one(compilation: Compilation, arch: int, folder: Path) -> Compiled:
     instructions = tuple(name for name in ("wgmma.mma_async", "tcgen05.mma") if name in kernel.asm["ptx"])
     return Compiled(
         compilation.name,
+        compilation.kernel.fn.__name__,
         arch,
         registers=int(used[1]),
         stack=int(used[2]) + int(used[3]),

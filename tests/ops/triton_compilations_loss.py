@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastd2o.kernels import loss
+from fastd2o.losses.fused import CRINGE_OBJECTIVES, OPTIONS
 from tests.ops.triton_compilations import Compilation
 
 SWITCHES: list[tuple[str, dict[str, float]]] = [
-    *((objective, {}) for objective in loss.PARAMETERS),
+    *((objective, {}) for objective in OPTIONS),
     ("d2o", {"length_normalize": True, "allow_no_anchor": True}),
     ("pairwise_cringe", {"length_normalize": True, "detach_gate": True}),
 ]
@@ -21,7 +22,7 @@ def compilations(arch: int) -> Iterator[Compilation]:
     for objective, switches in SWITCHES:
         if arch != 90 and objective not in ("d2o", "discopop", "pairwise_cringe"):
             continue
-        with_cringe = objective in loss.CRINGE_OBJECTIVES
+        with_cringe = objective in CRINGE_OBJECTIVES
         unread = "ref_logp" if with_cringe else "token_cringe"
         signature: dict[str, Any] = {
             "token_logp": "*fp32",
