@@ -130,8 +130,9 @@ class OnlineAnchors:
         return [self.collate([self._groups[line] for line in lines]) for lines in coming]
 
     def state(self) -> dict[str, Any]:
-        """The window, for a checkpoint: JSON."""
-        return {"end": self._end, "groups": [asdict(group) for group in self._groups.values()]}
+        """What is left of the window, for a checkpoint: JSON."""
+        lines = dict.fromkeys(line for batch in self._ahead for line in batch)
+        return {"end": self._end, "groups": [asdict(self._groups[line]) for line in lines]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue the window that :meth:`state` gave."""
@@ -154,6 +155,7 @@ class OnlineAnchors:
         ]
         if drawn:
             dataset = PreferenceDataset(drawn, builder.report)
+            self.references.check_fits(dataset, "online")
             drawn = list(self.references.score(dataset, self.collate, args.per_device_train_batch_size).groups)
         else:
             warnings.warn(
