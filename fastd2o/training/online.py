@@ -36,7 +36,7 @@ from fastd2o.data import (
 )
 from fastd2o.data.dataset import GroupBuilder
 from fastd2o.data.rows import Source
-from fastd2o.errors import FastD2OError, FastD2OWarning
+from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
 from fastd2o.training.checkpoints import ONLINE_ANCHORS
 from fastd2o.training.references import References
 from fastd2o.training.sampling import SampledRow, SamplingReport, draw_chunks, in_order, read_prompts, stop_ids
@@ -91,7 +91,10 @@ class OnlineAnchors:
         assert config.resample_every is not None
         self._steps = config.resample_every
         self._origin = Origin.of(source)
-        prompts, _ = read_prompts(source, policy, tokenizer, config.sampling)
+        try:
+            prompts, _ = read_prompts(source, policy, tokenizer, config.sampling)
+        except DataError as error:
+            raise DataError(f"resample_every (max_new_tokens is online_max_new_tokens here): {error}") from error
         self._prompts = {prompt.line: prompt for prompt in prompts}
         self._own = {group.line: group for group in dataset.groups}
         # The window: the step it ends before, the groups of its rows, and the lines of its batches still to come.

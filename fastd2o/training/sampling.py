@@ -593,11 +593,7 @@ def _generate(
         attention_mask=mask_SL.to(model.device),
         # "Greedy", because _ChooseToken has already drawn.
         generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=stops or None,
-            use_cache=True,  # Trainer switches the model's own setting off
+            do_sample=False, max_new_tokens=options.max_new_tokens, pad_token_id=pad, eos_token_id=stops or None
         ),
         logits_processor=LogitsProcessorList(
             [*warpers, _ChooseToken(uniforms_SL, length, [prompt.line for prompt in prompts])]
