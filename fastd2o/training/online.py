@@ -16,7 +16,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from hashlib import blake2b
 from itertools import groupby, islice
 from math import ceil
 from pathlib import Path
@@ -41,7 +40,7 @@ from fastd2o.training.checkpoints import ONLINE_ANCHORS
 from fastd2o.training.references import References
 from fastd2o.training.sampling import SampledRow, SamplingReport, draw_chunks, in_order, read_prompts, stop_ids
 from fastd2o.training.sampling_file import write_rows
-from fastd2o.training.scoring import Measure
+from fastd2o.training.scoring import Measure, hash64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,7 +159,7 @@ class OnlineAnchors:
             dataset = PreferenceDataset(drawn, builder.report)
             self.references.check_fits(dataset, "online")
             drawn = list(self.references.score(dataset, self.collate, args.per_device_train_batch_size).groups)
-        else:
+        elif rows:
             warnings.warn(
                 f"no sample of step {step} is of use as an anchor: all are empty or the negative itself. The anchors "
                 "of the dataset stay",
@@ -210,7 +209,7 @@ class OnlineAnchors:
 
 def seed_of_step(seed: int, step: int) -> int:
     """Of the draws of a step: each draws anew."""
-    return int.from_bytes(blake2b(f"{seed} online step {step}".encode(), digest_size=8).digest(), "big")
+    return hash64(f"{seed} online step {step}")
 
 
 def _without_repetitions(row: SampledRow) -> SampledRow:
