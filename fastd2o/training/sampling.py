@@ -345,7 +345,7 @@ def draw_chunks(
         progress: Show a progress bar, which counts samples.
     """
     size = rows_per_chunk(options.num_anchors, options.batch_size)
-    stops = _stop_ids(model, processing_class)
+    stops = stop_ids(model, processing_class)
     total = len(prompts) * options.num_anchors
     bar = tqdm(
         total=total, initial=finished * options.num_anchors, desc="Sampling", unit="sample", disable=not progress
@@ -619,7 +619,7 @@ def _decode(processing_class: PreTrainedTokenizerBase, prompt: Prompt, new: list
     return _Sample(text.rstrip("\ufffd") if end is None else text, cut=end is None)
 
 
-def _stop_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: EOS of model and tokenizer, and what the chat template closes a turn with."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     stops = set(configured if isinstance(configured, list) else [configured])

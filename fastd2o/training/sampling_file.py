@@ -84,7 +84,7 @@ def sample_file(
     if not report.anchors:
         partial.remove()
     check_result(report)
-    _replace(Path(out), in_order(done))
+    write_rows(Path(out), in_order(done))
     partial.remove()
     return report
 
@@ -246,11 +246,16 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def _replace(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write ``out`` so that at every moment there is either the old file (or none) or the whole new one."""
+def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write the JSONL file ``out`` so that at every moment there is either the old file (or none) or the whole new one.
+
+    Raises:
+        FastD2OError: it cannot be written.
+    """
     temporary = out.with_name(out.name + ".tmp")
     try:
         with _explained(out, _partial_path(out)):
+            out.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.writelines(map(_dump, rows))
                 file.flush()
