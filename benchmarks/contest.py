@@ -42,6 +42,7 @@ class Patience:
         rounds: at least so many.
         most_rounds: and not more.
         seconds: short rounds are repeated until the bare products have taken so long.
+        each: seconds; a contestant that has taken so long altogether sits out the rounds beyond ``rounds``.
         turn: seconds; a contestant that takes longer has had its turn with the run that was weighed.
         most_seconds: a contestant that would take longer for one run is left out.
     """
@@ -49,6 +50,7 @@ class Patience:
     rounds: int = 5
     most_rounds: int = 25
     seconds: float = 3.0
+    each: float = 20.0
     turn: float = 60.0
     most_seconds: float = 600.0
 
@@ -214,7 +216,8 @@ def hold(setup: Setup) -> Contest:
     for number in range(rounds):
         setup.progress(0.5 + number / rounds / 2)
         for name, run in runs.items():
-            laps[name].append(lap(run, setup.device))
+            if number < setup.patience.rounds or sum(one.both for one in laps[name]) < setup.patience.each:
+                laps[name].append(lap(run, setup.device))
 
     floor = Row(FLOOR)
     ours = next((row.contestant for row in rows if row.backend is not None and row.contestant in laps), None)

@@ -42,7 +42,8 @@ class Row:
         rounds: how many runs were timed.
         seconds, min, max: of these, the median, the fastest, the slowest.
         forward, backward: seconds, medians; their sum need not be ``seconds``.
-        times: seconds of every round, in the order of rounds, which is the same for all rows of a contest.
+        times: seconds of every round, in the order of rounds, which is the same for all rows of a contest; some sit out
+            the last.
         over_products: time over the bare products' in the same round, the median of that.
         spread: half of the range that the middle half of those ratios covers, over their median.
         over_fastd2o: as ``over_products``, over FastD2O's on the device's own kernels.
@@ -210,10 +211,10 @@ def shape_text(shape: dict[str, Any]) -> str:
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Those within a round; of one that ran but once, over the median of the others."""
-    if len(times) != len(others):
-        return [statistics.median(times) / statistics.median(others)]
-    return list(map(float.__truediv__, map(float, times), map(float, others)))
+    """Those within a round, of the rounds that both were in; of one that ran but once, over the median of the others."""
+    if len(times) == 1:
+        return [times[0] / statistics.median(others)]
+    return [time / other for time, other in zip(times, others, strict=False)]
 
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
