@@ -211,7 +211,7 @@ def shape_text(shape: dict[str, Any]) -> str:
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Those within a round, of the rounds that both were in; of one that ran but once, over the median of the others."""
+    """Of the rounds that both were in; of one that ran but once, over the median of the others."""
     if len(times) == 1:
         return [times[0] / statistics.median(others)]
     return [time / other for time, other in zip(times, others, strict=False)]
