@@ -16,12 +16,12 @@ from typing import Literal
 
 from .results import FLOOR, Contest, Report, Row, ratios
 
-Judgement = Literal["slower", "faster", "more memory", "less memory", "now fails", "same", "too few rounds"]
-REGRESSIONS: tuple[Judgement, ...] = ("slower", "more memory", "now fails")
+Judgement = Literal["slower", "faster", "more memory", "less memory", "now fails", "gone", "same"]
+REGRESSIONS: tuple[Judgement, ...] = ("slower", "more memory", "now fails", "gone")
 
 _RESAMPLES = 2000
 _COVERED = 0.99
-# Fewer cannot tell a change from noise.
+# Of fewer the noise is their whole range, and a change counts if all of it is beyond twice the threshold.
 _LEAST_ROUNDS = 4
 # Memory is the same in every run, but for blocks that one allocator rounds and another does not.
 _MEGABYTES = 1.0
@@ -64,51 +64,63 @@ def compare(before: Report, after: Report, threshold: float = 0.1) -> list[Chang
     """
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; expected a number above 0, such as 0.1 for ten per cent")
-    earlier = {contest.key: contest for contest in before.contests}
-    common = [contest for contest in after.contests if contest.key in earlier]
+    later = {contest.key: contest for contest in after.contests}
+    common = [contest for contest in before.contests if contest.key in later]
     if not common:
         raise ValueError("the two reports have no contest in common. Fix: compare runs of the same suite")
     return [
-        _change(earlier[contest.key], contest, of_before, row, threshold)
+        _change(contest, later[contest.key], row, threshold)
         for contest in common
         for row in contest.rows
-        if row.contestant != FLOOR and (of_before := earlier[contest.key].row(row.contestant)) is not None
+        if row.contestant != FLOOR
     ]
 
 
-def _change(earlier: Contest, later: Contest, before: Row, after: Row, threshold: float) -> Change:
-    ours = after.contestant.startswith("fastd2o")
-    name = (later.key, after.contestant, ours)
-    if before.error is not None or after.error is not None:
-        return Change(*name, "now fails" if before.error is None else "same")
+def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> Change:
+    name = (earlier.key, before.contestant, before.contestant.startswith("fastd2o"))
+    after = later.row(before.contestant)
+    if before.error is not None:
+        return Change(*name, "same")
+    if after is None:
+        return Change(*name, "gone")
+    if after.error is not None:
+        return Change(*name, "now fails")
     memory = None
     if before.extra_megabytes is not None and after.extra_megabytes is not None:
         memory = after.extra_megabytes - before.extra_megabytes
-    old, new = _relative(earlier, before), _relative(later, after)
-    time = statistics.median(new) / statistics.median(old) if old and new else None
     judgement: Judgement = "same"
-    low = high = None
-    if time is not None and min(len(old), len(new)) < _LEAST_ROUNDS:
-        judgement = "too few rounds"
-    elif time is not None:
-        low, high = _noise(old, new)
-        if time > 1 + threshold and low > 1:
+    time = low = high = None
+    yardstick = next((one for one in (FLOOR, "eager") if _is_in(one, earlier) and _is_in(one, later)), None)
+    old, new = _relative(earlier, before, yardstick), _relative(later, after, yardstick)
+    if old and new:
+        time = statistics.median(new) / statistics.median(old)
+        few = min(len(old), len(new)) < _LEAST_ROUNDS
+        low, high = (min(new) / max(old), max(new) / min(old)) if few else _noise(old, new)
+        surely = 1 + 2 * threshold if few else 1.0
+        if time > 1 + threshold and low > surely:
             judgement = "slower"
-        elif time < 1 / (1 + threshold) and high < 1:
+        elif time < 1 / (1 + threshold) and high < 1 / surely:
             judgement = "faster"
-    if judgement in ("same", "too few rounds") and memory is not None and before.extra_megabytes is not None:
+    if judgement == "same" and memory is not None and before.extra_megabytes is not None:
         beyond = max(_MEGABYTES, threshold * abs(before.extra_megabytes))
         if abs(memory) > beyond:
             judgement = "more memory" if memory > 0 else "less memory"
     return Change(*name, judgement, time, low, high, memory)
 
 
-def _relative(contest: Contest, row: Row) -> list[float]:
-    """Of each round, the time over that of what all are compared with."""
-    yardstick = contest.row(FLOOR) or contest.row("eager")
-    if not row.times or yardstick is None or not yardstick.times or yardstick is row:
+def _is_in(contestant: str, contest: Contest) -> bool:
+    row = contest.row(contestant)
+    return row is not None and row.seconds is not None and row.error is None
+
+
+def _relative(contest: Contest, row: Row, yardstick: str | None) -> list[float]:
+    """Of each round, the time over the yardstick's, if there is one; of a report that has no rounds, their median."""
+    other = contest.row(yardstick) if yardstick is not None else None
+    if not row.times or (other is not None and not other.times):
+        return [row.over_products] if row.over_products is not None else []
+    if other is None or other is row:
         return list(row.times)
-    return ratios(row.times, yardstick.times)
+    return ratios(row.times, other.times)
 
 
 def _noise(old: Sequence[float], new: Sequence[float]) -> tuple[float, float]:

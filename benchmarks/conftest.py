@@ -30,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(f"--{name}", type=int, nargs="+", help="instead of the suite's")
     group.addoption("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], help="instead of the suite's")
     group.addoption("--peers", default=None, help="names of the peers that may take part, with commas between")
-    group.addoption("--report", default=None, type=Path, help="JSON file to which figures are added as they come")
+    group.addoption("--report", default=None, type=Path, help="JSON file that figures are written to as they come")
+    group.addoption("--append", action="store_true", help="add to what is in that file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,10 +40,25 @@ def pytest_configure(config: pytest.Config) -> None:
     suite = choose(
         options.device, options.suite, options.cases, options.tokens, options.hidden, options.vocab, options.dtype
     )
-    report = Report.read(path) if path is not None and path.exists() else Report({})
-    report.machine = machine(options.device)
+    report = Report(machine(options.device))
+    if options.append and path is not None and path.exists():
+        report = _continued(report, path)
+    previous = None if options.append or path is None else path.with_suffix(".previous.json")
     names = None if peers is None else frozenset(filter(None, peers.split(",")))
-    config.stash[_SESSION] = Session(suite, options.device, report, names, path)
+    config.stash[_SESSION] = Session(suite, options.device, report, names, path, previous)
+
+
+def _continued(report: Report, path: Path) -> Report:
+    """The report of the file, if it is of the same machine."""
+    earlier = Report.read(path)
+    different = [name for name, value in report.machine.items() if earlier.machine.get(name, value) != value]
+    if different:
+        name = different[0]
+        raise pytest.UsageError(
+            f"{path} has {name} {earlier.machine[name]}, and here it is {report.machine[name]}. Fix: another folder"
+        )
+    earlier.machine = report.machine
+    return earlier
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

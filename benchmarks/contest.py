@@ -1,10 +1,9 @@
 """Holds a contest: every contestant's error, memory and time at one case and shape.
 
-1. Errors against float64, on few tokens; from their time, whether it is worth while to go on.
-2. Memory, where the case runs once in a process of its own (:mod:`benchmarks.scale`), so that neither a profiler nor
-   what it leaves behind is near the clock, and a contestant that is killed for its memory takes nobody along.
-3. A warm-up, which compiles and tunes.
-4. Rounds, in which all take turns (A B C A B C ...), so that a machine whose clock drifts slows all of them: what
+1. A trial (:mod:`benchmarks.trial`) in a process of its own: errors against float64, and memory. A contestant that
+   crashes there, or is killed for its memory, takes nobody along, and no profiler is ever near the clock.
+2. A warm-up of all, which compiles and tunes.
+3. Rounds, in which all take turns (A B C A B C ...), so that a machine whose clock drifts slows all of them: what
    counts are ratios within a round. Where the inputs would stay in a cache from one run to the next, copies of them
    take turns as well.
 """
@@ -14,18 +13,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import Plan
 
-from .cases import CRINGE_K, POSITIVES, SEQUENCES, Case, Shape
-from .contestants import Contestant, eager_logprob, preferences
-from .instruments import Lap, Mark, Run, Weighed, cache_bytes, lap
+from .cases import POSITIVES, SEQUENCES, Case, Shape
+from .contestants import Contestant, eager_logprob
+from .instruments import Lap, Mark, Run, cache_bytes, lap
 from .products import Products
 from .results import FLOOR, Contest, Row
 
@@ -43,7 +42,7 @@ class Patience:
         most_rounds: and not more.
         seconds: short rounds are repeated until the bare products have taken so long.
         each: seconds; a contestant that has taken so long altogether sits out the rounds beyond ``rounds``.
-        turn: seconds; a contestant that takes longer has had its turn with the run that was weighed.
+        turn: seconds; a peer that takes longer runs once after its warm-up, and in no round.
         most_seconds: a contestant that would take longer for one run is left out.
     """
 
@@ -162,6 +161,21 @@ def _references(case: Case, hidden: Tensor, weight: Tensor, target: Tensor) -> T
     return logp.view(SEQUENCES, -1).sum(1)
 
 
+class Trial(NamedTuple):
+    """What came of trying a contestant.
+
+    Attributes:
+        errors: relative root mean squares against float64, by what is compared.
+        seconds: that a run at full size would take about, by the time for few tokens.
+        peak: bytes alive beyond the inputs, at most, in a run at full size; None where it was not worth while, because
+            an error or the time was beyond bounds.
+    """
+
+    errors: dict[str, float]
+    seconds: float = 0.0
+    peak: int | None = None
+
+
 @dataclass(frozen=True)
 class Setup:
     """Who takes part, and how the contest is held.
@@ -172,7 +186,7 @@ class Setup:
         device: "cpu" or "cuda".
         contestants: those that know the case.
         patience: how long.
-        weigh: runs a contestant, by its name, once; raises what the contestant raises.
+        attempt: tries a contestant, by its name, before anything is timed; raises what the contestant raises.
         progress: told after each run how much of the contest is done, in [0, 1].
     """
 
@@ -181,46 +195,55 @@ class Setup:
     device: str
     contestants: Sequence[Contestant]
     patience: Patience
-    weigh: Callable[[str], Weighed]
+    attempt: Callable[[str], Trial]
     progress: Callable[[float], None] = lambda share: None
 
 
 def hold(setup: Setup) -> Contest:
     """Hold the contest."""
     inputs = Inputs.random(setup.case, setup.shape, setup.device)
-    few = inputs.few()
-    oracle = Oracle(few)
     products = Products.fastest(inputs.hidden.detach(), inputs.weight.detach(), _plan(inputs))
-    copies = [inputs, *(inputs.copy() for _ in range(_copies(inputs) - 1))]
-    taking_turns = itertools.cycle(copies)
     rows = [Row(contestant.name, contestant.backend) for contestant in setup.contestants]
-    runs: dict[str, Run] = {FLOOR: _floor(products, copies)}
-    laps: dict[str, list[Lap]] = {FLOOR: []}
-    for number, (contestant, row) in enumerate(zip(setup.contestants, rows, strict=True)):
-        setup.progress(number / len(rows) / 2)
+    for number, row in enumerate(rows):
+        setup.progress(number / len(rows) / 3)
         with row.catching():
-            row.check(oracle.errors(contestant), WRONG[inputs.hidden.dtype])
-            few_seconds = lap(functools.partial(few.run, contestant), setup.device).both
-            _refuse_the_slowest(few_seconds * len(inputs.target) / len(few.target), setup.patience.most_seconds)
-            # What was compiled for few tokens need not be what one compiles for many.
-            torch.compiler.reset()
-            weighed = setup.weigh(row.contestant)
-            row.extra_megabytes = (weighed.peak - inputs.gradient_bytes) / 1e6
-            if weighed.lap.both > setup.patience.turn:
-                laps[row.contestant] = [weighed.lap]
-                continue
-            laps[row.contestant], runs[row.contestant] = [], functools.partial(_run_next, taking_turns, contestant)
-            lap(runs[row.contestant], setup.device)
+            trial = setup.attempt(row.contestant)
+            row.check(trial.errors, WRONG[inputs.hidden.dtype])
+            if trial.peak is None:
+                raise TimeoutError(f"left out: a run would take about {trial.seconds:.0f} s")
+            row.extra_megabytes = (trial.peak - inputs.gradient_bytes) / 1e6
 
-    rounds = setup.patience.rounds_of(lap(runs[FLOOR], setup.device).both)
+    turns = _Turns(inputs, products)
+    laps: dict[str, list[Lap]] = {FLOOR: []}
+    runs: dict[str, Run] = {FLOOR: turns.products}
+    for number, (contestant, row) in enumerate(zip(setup.contestants, rows, strict=True)):
+        setup.progress((1 + number / len(rows)) / 3)
+        if row.error is None:
+            with row.catching():
+                run: Run = functools.partial(turns.run, contestant)
+                warm_up = lap(run, setup.device)
+                if warm_up.both > setup.patience.turn and contestant.backend != setup.device:
+                    laps[row.contestant] = [lap(run, setup.device)]  # the warm-up may have compiled
+                else:
+                    laps[row.contestant], runs[row.contestant] = [], run
+
+    rounds = setup.patience.rounds_of(lap(turns.products, setup.device).both)
+    by_name = {row.contestant: row for row in rows}
     for number in range(rounds):
-        setup.progress(0.5 + number / rounds / 2)
-        for name, run in runs.items():
-            if number < setup.patience.rounds or sum(one.both for one in laps[name]) < setup.patience.each:
+        setup.progress((2 + number / rounds) / 3)
+        for name, run in list(runs.items()):
+            if number >= setup.patience.rounds and sum(one.both for one in laps[name]) > setup.patience.each:
+                continue
+            if name == FLOOR:
                 laps[name].append(lap(run, setup.device))
+                continue
+            with by_name[name].catching():
+                laps[name].append(lap(run, setup.device))
+            if by_name[name].error is not None:
+                del runs[name], laps[name]
 
     floor = Row(FLOOR)
-    ours = next((row.contestant for row in rows if row.backend is not None and row.contestant in laps), None)
+    ours = next((row.contestant for row in rows if row.backend == setup.device and row.contestant in laps), None)
     for row in (floor, *rows):
         if row.contestant in laps:
             row.record(laps[row.contestant], laps[FLOOR], laps[ours] if ours else [])
@@ -228,20 +251,25 @@ def hold(setup: Setup) -> Contest:
     return Contest(setup.case.name, setup.shape.fields, str(products), products.flops, [floor, *rows])
 
 
-def _refuse_the_slowest(seconds: float, most: float) -> None:
-    if seconds > most:
-        raise TimeoutError(f"left out: a run would take about {seconds:.0f} s")
+class _Turns:
+    """Copies of the inputs that take turns, whoever runs on them."""
 
+    def __init__(self, inputs: Inputs, products: Products) -> None:
+        copies = [inputs, *(inputs.copy() for _ in range(_copies(inputs) - 1))]
+        self._next = itertools.cycle(
+            (one, dataclasses.replace(products, hidden_TD=one.hidden.detach(), weight_VD=one.weight.detach()))
+            for one in copies
+        )
 
-def _run_next(taking_turns: Iterator[Inputs], contestant: Contestant, mark: Mark) -> object:
-    return next(taking_turns).run(contestant, mark)
+    def run(self, contestant: Contestant, mark: Mark) -> None:
+        """A contestant, once."""
+        inputs, _ = next(self._next)
+        inputs.run(contestant, mark)
 
-
-def _floor(products: Products, copies: list[Inputs]) -> Run:
-    taking_turns = itertools.cycle(
-        dataclasses.replace(products, hidden_TD=copy.hidden.detach(), weight_VD=copy.weight.detach()) for copy in copies
-    )
-    return lambda mark: next(taking_turns)()
+    def products(self, mark: Mark) -> None:
+        """The bare products, once."""
+        _, products = next(self._next)
+        products()
 
 
 def _copies(inputs: Inputs) -> int:
@@ -260,45 +288,3 @@ def _plan(inputs: Inputs) -> Plan:
         dtype=inputs.hidden.dtype,
         device=inputs.hidden.device.type,
     )
-
-
-class Oracle:
-    """The case in float64, on full logits."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.exact = inputs, inputs.double()
-        self.expected: list[Tensor] = []
-        if inputs.case.operator != "cringe":
-            self.expected = self.exact.run(Contestant("float64", eager_logprob, preference=preferences(eager_logprob)))
-
-    def errors(self, contestant: Contestant) -> dict[str, float]:
-        """Relative root mean square errors of a contestant's values and gradients. For Cringe, of those that follow
-        from the candidates it drew, and by how much these fall short of the k-th largest logit."""
-        found, expected = self.inputs.run(contestant), self.expected
-        errors = {}
-        if self.inputs.case.operator == "cringe":
-            positive = found.pop()
-            expected = self._cringe(positive)
-            errors["candidate"] = self._shortfall(positive)
-        names = ["value", *(f"{name}_gradient" for name in self.inputs.case.leaves)]
-        return {
-            **{name: _rms_error(ours, exact) for name, ours, exact in zip(names, found, expected, strict=True)},
-            **errors,
-        }
-
-    def _cringe(self, positive: Tensor) -> list[Tensor]:
-        def cringe(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            difference = ((weight[target] - weight[positive]) * hidden).sum(1)
-            return F.softplus(difference), positive
-
-        return self.exact.run(Contestant("float64", eager_logprob, cringe))[:-1]
-
-    def _shortfall(self, positive: Tensor) -> float:
-        hidden, weight, target = (t.detach() for t in (self.exact.hidden, self.exact.weight, self.exact.target))
-        others = (hidden @ weight.T).scatter_(1, target[:, None], -torch.inf)
-        smallest, drawn = others.topk(CRINGE_K).values[:, -1], others.gather(1, positive[:, None])[:, 0]
-        return _rms_error(torch.minimum(drawn, smallest), smallest)
-
-
-def _rms_error(ours: Tensor, exact: Tensor) -> float:
-    return ((ours.double() - exact).square().mean() / exact.square().mean()).sqrt().item()

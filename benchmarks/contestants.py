@@ -72,8 +72,10 @@ def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, s
             continue
         try:
             present.append(make(name))
-        except ImportError as error:
-            absent[name] = "not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+        except ModuleNotFoundError:
+            absent[name] = "not installed"
+        except Exception as error:  # of another version, say; the others are there
+            absent[name] = f"{type(error).__name__}: {error}"
     return present, absent
 
 

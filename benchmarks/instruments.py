@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -48,19 +47,6 @@ def lap(run: Run, device: str) -> Lap:
     end = now()
     middle = marks[0] if marks else end
     return Lap(middle - start, end - middle)
-
-
-class Weighed(NamedTuple):
-    """A run's peak in bytes, beyond what was there before, and its times, which a profiler may have lengthened."""
-
-    peak: int
-    lap: Lap
-
-
-def weigh(run: Run, device: str) -> Weighed:
-    """One run."""
-    laps: list[Lap] = []
-    return Weighed(peak(lambda: laps.append(lap(run, device)), device), laps[0])
 
 
 def timed(run: Callable[[], object], device: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -27,6 +28,10 @@ FLOOR = "products alone"
 _LIBRARIES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
 
 
+class TriedError(Exception):
+    """What was raised in another process, in one line."""
+
+
 class WrongError(Exception):
     """Something else than what was asked for has been computed."""
 
@@ -45,7 +50,8 @@ class Row:
         times: seconds of every round, in the order of rounds, which is the same for all rows of a contest; some sit out
             the last.
         over_products: time over the bare products' in the same round, the median of that.
-        spread: half of the range that the middle half of those ratios covers, over their median.
+        spread: half of the range that the middle half of those ratios covers, over their median; in a training step,
+            which has no such ratios, of those to FastD2O's, and FastD2O's own of its times.
         over_fastd2o: as ``over_products``, over FastD2O's on the device's own kernels.
         extra_megabytes: the most memory beyond inputs, results and gradients; None if it was not measured.
         longest: tokens of the longest completion with which a training step stays within the budget.
@@ -75,15 +81,15 @@ class Row:
         try:
             yield
         except Exception as error:
-            self.error = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            self.error = in_one_line(error)
 
     def check(self, errors: dict[str, float], bound: float) -> None:
-        """Keep the errors.
+        """Keep the errors that are numbers.
 
         Raises:
             WrongError: one is beyond the bound, or no number.
         """
-        self.errors = errors
+        self.errors = {name: error for name, error in errors.items() if math.isfinite(error)}
         if not all(error <= bound for error in errors.values()):
             raise WrongError(f"beyond {bound:g} of float64")
 
@@ -97,10 +103,12 @@ class Row:
         self.backward = statistics.median(one.backward for one in laps)
         if floor:
             found = ratios(self.times, [one.both for one in floor])
-            self.over_products = statistics.median(found)
-            self.spread = half_range(found)
+            self.over_products, self.spread = statistics.median(found), half_range(found)
         if ours:
-            self.over_fastd2o = statistics.median(ratios(self.times, [one.both for one in ours]))
+            of_ours = ratios(self.times, [one.both for one in ours])
+            self.over_fastd2o = statistics.median(of_ours)
+            # FastD2O's own is 1 in every round; then it is that of its times.
+            self.spread = self.spread or half_range(of_ours) or half_range(self.times)
 
 
 @dataclass
@@ -174,11 +182,7 @@ class Report:
                 {name: _rounded(value) for name, value in row.items() if value not in (None, {}, [])}
                 for row in contest["rows"]
             ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.aside")
-        aside.write_text(_as_json(fields), encoding="utf-8")
-        os.replace(aside, path)
-        return path
+        return write_aside(path, _as_json(fields))
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -190,19 +194,34 @@ class Report:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             schema = fields.pop("schema")
+            if schema == SCHEMA:
+                contests = [
+                    Contest(**{**contest, "rows": [Row(**row) for row in contest["rows"]]})
+                    for contest in fields.pop("contests")
+                ]
+                return cls(contests=contests, **fields)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no report of a benchmark, which fastd2o bench writes as results.json"
             ) from error
-        if schema != SCHEMA:
-            raise ValueError(
-                f"{path} has schema {schema}, and this version reads {SCHEMA}. Fix: compare reports of the same version"
-            )
-        contests = [
-            Contest(**{**contest, "rows": [Row(**row) for row in contest["rows"]]})
-            for contest in fields.pop("contests")
-        ]
-        return cls(contests=contests, **fields)
+        raise ValueError(
+            f"{path} has schema {schema}, and this version reads {SCHEMA}. Fix: compare reports of the same version"
+        )
+
+
+def write_aside(path: Path, text: str) -> Path:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def in_one_line(error: BaseException) -> str:
+    """Its type and message. One that came from another process has its type in its message."""
+    message = " ".join(str(error).split())
+    return (message if type(error) is TriedError else f"{type(error).__name__}: {message}")[:300]
 
 
 def shape_text(shape: dict[str, Any]) -> str:
@@ -211,9 +230,9 @@ def shape_text(shape: dict[str, Any]) -> str:
 
 
 def ratios(times: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of the rounds that both were in; of one that ran but once, over the median of the others."""
-    if len(times) == 1:
-        return [times[0] / statistics.median(others)]
+    """Of the rounds that both were in; where one ran but once, of the medians."""
+    if 1 in (len(times), len(others)):
+        return [statistics.median(times) / statistics.median(others)]
     return [time / other for time, other in zip(times, others, strict=False)]
 
 
@@ -242,7 +261,7 @@ def _rounded(value: Any) -> Any:
 def _as_json(fields: dict[str, Any]) -> str:
     """Readable, with a line for each row."""
     contests = fields.pop("contests")
-    text = json.dumps({**fields, "contests": "@"}, indent=1, ensure_ascii=False)
+    text = json.dumps({**fields, "contests": "@"}, indent=1, ensure_ascii=False, allow_nan=False)
     parts = []
     for contest in contests:
         rows = contest.pop("rows")
@@ -284,12 +303,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout that this file lies in, with a plus sign where it has changes; None where it lies in none."""
+    """Of the checkout that this file lies in, with a plus sign where it has changes; None where it is installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

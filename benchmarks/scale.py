@@ -1,84 +1,83 @@
-"""Weighs what a contestant allocates, on the CPU in a process of its own."""
+"""Tries a contestant in a process of its own: what it gets wrong, and what it allocates."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
 
-from .cases import CASES, Shape
-from .contest import Inputs
-from .contestants import Contestant, load
-from .instruments import Weighed, weigh, within_free_memory
+from .instruments import within_free_memory
+from .results import TriedError, in_one_line
 
 Found = TypeVar("Found")
+_MOST_SECONDS = 1200.0
 
 
 class Scale:
-    """Weighs contestants one after the other.
+    """Calls functions one after the other where they can do no harm.
 
-    On CUDA in this process, whose allocator keeps count. On the CPU in another one, which lives as long as the scale or
-    until the system kills it; then the next weighing starts a new one.
+    On the CPU that is another process, which lives as long as the scale, or until the system kills it or it takes too
+    long; then the next call starts a new one. On CUDA it is this process: its allocator keeps count.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.process: ProcessPoolExecutor | None = None
+    def __init__(self, device: str, most_seconds: float = _MOST_SECONDS) -> None:
+        self.device, self.most_seconds = device, most_seconds
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
 
-    def __call__(self, weigh: Callable[..., Found], *arguments: Any) -> Found:
-        """What ``weigh``, a function at the top of a module, finds for these arguments.
+    def __call__(self, function: Callable[..., Found], *arguments: Any) -> Found:
+        """What the function, which is at the top of a module, returns for these arguments.
 
         Raises:
             MemoryError: the process was killed, which systems do when memory runs out.
+            TimeoutError: it took too long.
+            Exception: whatever the function raises.
         """
         if self.device == "cuda":
-            return weigh(*arguments)
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.process = ProcessPoolExecutor(1, context, _begin, (torch.get_num_threads(),))
-        try:
-            return self.process.submit(weigh, *arguments).result()
-        except BrokenProcessPool:
+            return function(*arguments)
+        connection = self._connection or self._start()
+        connection.send((function, arguments))
+        if not connection.poll(self.most_seconds):
             self.close()
-            raise MemoryError("the process that measured its memory was killed") from None
+            raise TimeoutError(f"stopped after {self.most_seconds:.0f} s")
+        try:
+            found, error = connection.recv()
+        except EOFError:
+            self.close()
+            raise MemoryError("the process that tried it was killed") from None
+        if error is not None:
+            raise error
+        return found
 
     def close(self) -> None:
         """End the other process, if there is one."""
-        if self.process is not None:
-            self.process.shutdown()
-            self.process = None
+        if self._process is not None and self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True)
+        self._process.start()
+        theirs.close()  # or nobody would notice that the process is gone
+        return self._connection
 
 
-_until_the_end = contextlib.ExitStack()
-
-
-def _begin(threads: int) -> None:
+def _serve(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    _until_the_end.enter_context(within_free_memory())
-
-
-def of_contestant(case: str, shape: Shape, device: str, contestant: str) -> Weighed:
-    """One run of a contestant of :func:`benchmarks.contestants.load`."""
-    inputs, few = _inputs(case, shape, device)
-    chosen = next(one for one in _contestants(device, shape.dtype) if one.name == contestant)
-    few.run(chosen)  # what is allocated once, for good, is no part of a run
-    torch.compiler.reset()
-    return weigh(functools.partial(inputs.run, chosen), device)
-
-
-# One contest after the other, and one contestant after the other within each.
-@functools.lru_cache(maxsize=1)
-def _inputs(case: str, shape: Shape, device: str) -> tuple[Inputs, Inputs]:
-    inputs = Inputs.random(CASES[case], shape, device)
-    return inputs, inputs.few()
-
-
-@functools.lru_cache
-def _contestants(device: str, dtype: str) -> list[Contestant]:
-    return load(device, getattr(torch, dtype))[0]
+    with within_free_memory(), contextlib.suppress(EOFError):
+        while True:
+            function, arguments = connection.recv()
+            answer: tuple[Any, TriedError | None]
+            try:
+                answer = function(*arguments), None
+            except Exception as error:  # its own type may not be known on the other side
+                answer = None, TriedError(in_one_line(error))
+            connection.send(answer)

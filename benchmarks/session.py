@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from . import scale as scales
-from . import steps
+from . import steps, trial
 from .cases import CASES, Shape
-from .contest import Setup, hold
+from .contest import Setup, Trial, hold
 from .contestants import Contestant, load
-from .instruments import Weighed
 from .results import FLOOR, Contest, Report, Row, commit, shape_text
+from .scale import Scale
 from .steps import StepShape
 from .suites import Suite
 
@@ -50,6 +51,7 @@ class Session:
         peers: names of the peers that may take part; None for all.
         report: to which contests are added.
         path: of the report's file; None for no file.
+        previous: where a file that is there goes, once there is something to put in its place.
         progress: told how many seconds' worth of work is done, and on what.
     """
 
@@ -58,12 +60,14 @@ class Session:
     report: Report
     peers: frozenset[str] | None = None
     path: Path | None = None
+    previous: Path | None = None
     progress: Callable[[float, str], None] = lambda done, what: None
     chosen: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scale = scales.Scale(self.device)
+        self.scale = Scale(self.device)
         self._done = 0.0
+        self._written = False
         self._held: dict[str, Contest] = {}
         self._loaded: dict[str, list[Contestant]] = {}
 
@@ -100,6 +104,9 @@ class Session:
             self._held[entry.key] = contest = self._hold(entry)
             self.report.add(replace(contest, commit=commit()))
             if self.path is not None:
+                if not self._written and self.previous is not None and self.path.exists():
+                    os.replace(self.path, self.previous)
+                self._written = True
                 self.report.write(self.path)
         found = self._held[entry.key].row(contestant)
         assert found is not None
@@ -120,7 +127,7 @@ class Session:
         try:
             return self._measure(entry, names, progress)
         except Exception as error:  # out of memory for the inputs, say; the next contest may be smaller
-            rows = [Row(name) for name in names]
+            rows = [Row(name, self.device if name.startswith("fastd2o") else None) for name in names]
             for row in rows:
                 with row.catching():
                     raise error
@@ -128,7 +135,8 @@ class Session:
         finally:
             self._done += effort
             if self.device == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # a device that a contestant has broken
+                    torch.cuda.empty_cache()
 
     def _measure(self, entry: Entry, names: list[str], progress: Callable[[float], None]) -> Contest:
         if isinstance(entry.shape, StepShape):
@@ -136,16 +144,17 @@ class Session:
         shape = entry.shape
         contestants = [one for one in self._load(shape.dtype) if one.name in names]
 
-        def weigh(contestant: str) -> Weighed:
-            return self.scale(scales.of_contestant, entry.name, shape, self.device, contestant)
+        def attempt(contestant: str) -> Trial:
+            most_seconds = self.suite.patience.most_seconds
+            return self.scale(trial.of_contestant, entry.name, shape, self.device, contestant, most_seconds)
 
-        return hold(Setup(CASES[entry.name], shape, self.device, contestants, self.suite.patience, weigh, progress))
+        return hold(Setup(CASES[entry.name], shape, self.device, contestants, self.suite.patience, attempt, progress))
 
     def _load(self, dtype: str) -> list[Contestant]:
         if dtype not in self._loaded:
             present, absent = load(self.device, getattr(torch, dtype))
             left_out = [one.name for one in present if one.backend is None and not self._wanted(one.name)]
-            self.report.absent = absent | dict.fromkeys(left_out, "not asked for")
+            self.report.absent |= absent | dict.fromkeys(left_out, "not asked for")
             self._loaded[dtype] = [one for one in present if one.name not in left_out]
         return self._loaded[dtype]
 

@@ -19,14 +19,12 @@ class Suite:
     """A named set of contests.
 
     Attributes:
-        about: for ``--help``.
         contests: cases and shapes, in order.
         steps: training steps, by name, and their shapes.
         patience: how long to measure each.
         peer_tokens: with more tokens than this FastD2O's own kernels are alone; None for no limit.
     """
 
-    about: str
     contests: Sequence[tuple[str, Shape]]
     steps: Sequence[tuple[str, StepShape]] = ()
     patience: Patience = field(default_factory=Patience)
@@ -53,8 +51,7 @@ _SMALL, _LARGE = 32000, 128256
 
 SUITES: dict[str, dict[str, Suite]] = {
     "cpu": {
-        "quick": Suite(
-            "small shapes: at most two minutes on two cores",
+        "quick": Suite(  # small shapes: at most two minutes on two cores
             [
                 *_all(OF_TOKENS, [512], [256], [_SMALL], _DTYPES),
                 *_all(_LOSSES, [512], [256], [_SMALL], ["bfloat16"]),
@@ -62,41 +59,36 @@ SUITES: dict[str, dict[str, Suite]] = {
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=5, most_rounds=15, seconds=0.4, turn=20),
         ),
-        "default": Suite(
-            "a large vocabulary in bfloat16, and training steps: about ten minutes on two cores",
+        "default": Suite(  # a large vocabulary in bfloat16, and training steps: about ten minutes on two cores
             _all((*OF_TOKENS, *_LOSSES), [1024], [512], [_LARGE], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
             Patience(),
         ),
-        "full": Suite(
-            "256 to 16384 tokens, two vocabularies, two dtypes, all peers; how cost grows: about an hour on two cores",
+        "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: about an hour on two cores
             [
                 *_all(("frozen", "trained"), [256, 1024], [256], [_SMALL, _LARGE], _DTYPES),
-                *_all(("frozen", "trained"), [16384], [256], [_SMALL], _DTYPES),
+                *_all(_LOSSES, [1024], [256], [_SMALL, _LARGE], _DTYPES),
+                *_all(("forward", "cringe"), [1024], [256], [_SMALL, _LARGE], ["bfloat16"]),
                 *_all(("frozen", "trained"), [1024], [256], [64000, 256000], ["bfloat16"]),
-                *_all(("forward", "cringe", *_LOSSES), [1024], [256], [_SMALL, _LARGE], ["bfloat16"]),
-                *_all(_LOSSES, [1024], [256], [_SMALL], ["float32"]),
+                *_all(("frozen", "trained"), [16384], [256], [_SMALL], _DTYPES),
                 # The longest last.
                 *_all(("frozen", "trained"), [16384], [256], [_LARGE], _DTYPES),
             ],
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
-            Patience(rounds=3, most_rounds=9, seconds=1, each=6, turn=8, most_seconds=60),
+            Patience(rounds=4, most_rounds=9, seconds=1, each=5, turn=8, most_seconds=45),
         ),
-        "targets": Suite(
-            "the shapes that this project has targets for: an hour and more",
+        "targets": Suite(  # the shapes that this project has targets for: an hour and more
             [(case, shape) for shape in TARGET_SHAPES["cpu"] for case in OF_TOKENS],
             peer_tokens=2048,
         ),
     },
     "cuda": {
-        "quick": Suite(
-            "one small shape",
+        "quick": Suite(  # one small shape
             _all(tuple(CASES), [2048], [2048], [_SMALL], ["bfloat16"]),
             [(name, StepShape(completion=256, hidden=512, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=5, seconds=0.5, turn=5),
         ),
-        "default": Suite(
-            "the shapes that this project has targets for: about five minutes",
+        "default": Suite(  # the shapes that this project has targets for: about five minutes
             [
                 *((case, shape) for shape in TARGET_SHAPES["cuda"] for case in OF_TOKENS),
                 *_all(_LOSSES, [8192], [4096], [_LARGE], ["bfloat16"]),
@@ -104,8 +96,7 @@ SUITES: dict[str, dict[str, Suite]] = {
             [(name, StepShape(completion=512, hidden=2048, layers=4, vocab=_LARGE, budget=4e9)) for name in STEPS],
             Patience(rounds=5, most_rounds=25, seconds=1, turn=10),
         ),
-        "full": Suite(
-            "1024 to 32768 tokens, vocabularies from 32000 to 256000, two dtypes, all peers",
+        "full": Suite(  # 1024 to 32768 tokens, vocabularies from 32000 to 256000, two dtypes, all peers
             [
                 *_all(_WITH_GRADIENTS, [1024, 4096, 16384, 32768], [4096], [_SMALL, _LARGE], ["bfloat16", "float16"]),
                 *_all(("cringe", *_LOSSES), [8192], [4096], [_SMALL, _LARGE], ["bfloat16"]),
@@ -133,11 +124,14 @@ def choose(
     vocab: Sequence[int] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> Suite:
-    """The suite of that name, with other cases or shapes where they are given: then all combinations of them, and of
-    what is not given the shape of the default suite's first contest and all its cases."""
+    """The suite of that name. With cases alone, those of its contests. With shapes, all combinations of them and of the
+    cases, or of all cases but steps; what is not given is as in the default suite."""
     suite = SUITES[device][name]
-    if not any((cases, tokens, hidden, vocab, dtypes)):
-        return suite
+    if not any((tokens, hidden, vocab, dtypes)):
+        if not cases:
+            return suite
+        contests = [(case, shape) for case, shape in suite.contests if case in cases]
+        return replace(suite, contests=contests, steps=[(case, shape) for case, shape in suite.steps if case in cases])
     usual = SUITES[device]["default"].contests[0][1]
     steps = dict(SUITES[device]["default"].steps)
     wanted = cases or tuple(CASES)

@@ -6,12 +6,13 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,16 @@ import fastd2o
 from benchmarks import every_kernel, figures, preference, steps
 from benchmarks.cases import CASES, POSITIVES, Shape
 from benchmarks.compare import compare
-from benchmarks.contest import Inputs, Patience, Setup, hold
+from benchmarks.contest import Inputs, Patience, Setup, Trial, hold
 from benchmarks.contestants import Contestant, load, peer
-from benchmarks.instruments import Lap, Weighed, cache_bytes, weigh
+from benchmarks.instruments import Lap, cache_bytes
 from benchmarks.plots import exponent
 from benchmarks.products import Products
-from benchmarks.results import FLOOR, Contest, Report, Row, Verdict, median_ratio, verdicts
+from benchmarks.results import FLOOR, Contest, Report, Row, TriedError, Verdict, median_ratio, verdicts
 from benchmarks.scale import Scale
 from benchmarks.steps import STEPS, StepShape
 from benchmarks.suites import SUITE_NAMES, SUITES, choose
+from benchmarks.trial import Judge
 from fastd2o.cli import bench as cli
 from fastd2o.cli import main
 from fastd2o.ops import Plan
@@ -70,7 +72,7 @@ def test_a_run_from_command_line_to_files(tmp_path: Path) -> None:
     """Figures beside those that were there, a page, pictures, and pytest-benchmark's own JSON with the same times."""
     shape = ["--tokens", "16", "--hidden", "16", "--vocab", "90", "--cases", "trained", "cringe", "dpo", "d2o"]
     earlier = report_of().contests[0]
-    Report({}, [earlier]).write(tmp_path / "results.json")
+    Report({"kind": "cpu"}, [earlier]).write(tmp_path / "results.json")
     # In a process of its own, as its limits on memory and pytest's settings are of a process.
     command = [sys.executable, "-m", "fastd2o", "bench", *shape, "--peers", "none", "--out", str(tmp_path), "--append"]
     found = subprocess.run([*command, "--only", "not float32"], capture_output=True, text=True, timeout=240)
@@ -98,7 +100,7 @@ def test_a_run_from_command_line_to_files(tmp_path: Path) -> None:
                 assert (row.over_products, row.extra_megabytes, row.backward) == (1.0, None, 0.0)
             else:
                 gradients = {f"{name}_gradient" for name in CASES[contest.case].leaves}
-                assert set(row.errors) - {"candidate"} == {"value"} | gradients
+                assert set(row.errors) - {"candidate", "last_values"} == {"value"} | gradients
                 assert min(row.forward, row.backward) > 0
                 assert row.extra_megabytes is not None
                 assert 0 < row.extra_megabytes < 1
@@ -118,6 +120,12 @@ def test_a_run_from_command_line_to_files(tmp_path: Path) -> None:
         (["--cases", "forwards"], "invalid choice: 'forwards'"),
         (["--quick", "--full"], "not allowed with argument"),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
+        (["--gpu", "compare", "a.json", "b.json"], "compare measures nothing, and --gpu"),
+        (["--tokens", "100"], "--tokens 100 is not a multiple of 16, the sequences that dpo and d2o share"),
+        (["--cases", "cringe", "--vocab", "5"], "--vocab is too small for cringe"),
+        (["--cases", "step-dpo", "--hidden", "200"], "--hidden is not a multiple of 64"),
+        (["--cases", "step-dpo", "--dtype", "float32"], "--dtype does not apply to step-dpo"),
+        (["--peers", "none", "liger"], "--peers has none and a peer"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -173,14 +181,14 @@ def test_fastd2o_does_what_its_case_says(case: str) -> None:
 
 
 def held(of_case: Shape, case: str, contestants: list[Contestant], patience: Patience = QUICK) -> dict[str, Row]:
-    """Rows of a contest whose memory is weighed in this process."""
+    """Rows of a contest whose trials are held in this process."""
     by_name = {contestant.name: contestant for contestant in contestants}
-    inputs = Inputs.random(CASES[case], of_case, "cpu")
+    judge = Judge(Inputs.random(CASES[case], of_case, "cpu"))
 
-    def weighed(name: str) -> Weighed:
-        return weigh(partial(inputs.run, by_name[name]), "cpu")
+    def attempt(name: str) -> Trial:
+        return judge(by_name[name], patience.most_seconds)
 
-    setup = Setup(CASES[case], of_case, "cpu", contestants, patience, weighed)
+    setup = Setup(CASES[case], of_case, "cpu", contestants, patience, attempt)
     return {row.contestant: row for row in hold(setup).rows}
 
 
@@ -225,12 +233,15 @@ def test_one_that_takes_too_long_runs_but_once_or_not_at_all() -> None:
 
     shape = replace(SMALL, tokens=300)
     rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, turn=0.0))
-    assert calls == [256, 256, 300]  # compared with float64, judged by that, weighed
-    assert rows["slow"].rounds == 1
+    assert calls == [256, 256, 300, 300, 300]  # compared, judged by that, weighed, warmed up, timed
     slow_row, floor = rows["slow"], rows[FLOOR]
+    assert slow_row.rounds == 1
     assert slow_row.seconds is not None
     assert floor.seconds is not None
     assert slow_row.over_products == pytest.approx(slow_row.seconds / floor.seconds, rel=1e-4)
+    calls.clear()
+    ours = held(shape, "frozen", [Contestant("slow", slow, backend="cpu")], replace(QUICK, turn=0.0))
+    assert ours["slow"].rounds == ours[FLOOR].rounds  # whom all are compared with takes its turns
     calls.clear()
     rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, most_seconds=0.0))
     assert calls == [256, 256]
@@ -238,30 +249,69 @@ def test_one_that_takes_too_long_runs_but_once_or_not_at_all() -> None:
     assert rows["slow"].error.startswith("TimeoutError: left out: a run would take about")
 
 
-def test_a_process_that_is_killed_takes_nobody_along() -> None:
-    scale = Scale("cpu")
+@pytest.mark.parametrize("fails_at", [4, 5, 6])
+def test_one_that_fails_late_is_marked_and_the_others_go_on(fails_at: int) -> None:
+    """In its warm-up, in the first round, in the second."""
+    calls = itertools.count(1)
+
+    def fails(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        if next(calls) >= fails_at:
+            raise RuntimeError("out of memory")
+        return EAGER.logprob(hidden, weight, target)
+
+    rows = held(SMALL, "frozen", [Contestant("fails", fails), EAGER])
+    assert rows["fails"].error == "RuntimeError: out of memory"
+    assert rows["fails"].seconds is None
+    assert rows["eager"].rounds == rows[FLOOR].rounds >= 2
+
+
+def test_an_index_that_overflows_is_seen_at_full_size() -> None:
+    def overflows(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        logp = EAGER.logprob(hidden, weight, target)
+        return logp if len(hidden) <= 256 else torch.cat([logp[:-8], logp[:8]])
+
+    rows = held(replace(SMALL, tokens=300), "forward", [Contestant("overflows", overflows)])
+    assert rows["overflows"].error == "WrongError: beyond 0.001 of float64"
+    assert rows["overflows"].errors["value"] < 1e-5 < rows["overflows"].errors["last_values"]
+
+
+def test_a_process_that_is_killed_or_hangs_takes_nobody_along() -> None:
+    scale = Scale("cpu", most_seconds=30.0)
     try:
         with pytest.raises(MemoryError, match="was killed"):
             scale(os.abort)
         assert scale(os.getppid) == os.getpid()  # there is another one
+        with pytest.raises(TriedError, match="ZeroDivisionError: float"):
+            scale(operator.truediv, 1.0, 0.0)
+        scale.most_seconds = 0.1
+        with pytest.raises(TimeoutError, match="stopped after 0 s"):
+            scale(time.sleep, 60)
     finally:
         scale.close()
 
 
-def test_inputs_that_would_stay_in_a_cache_take_turns() -> None:
-    """No contestant sees the same memory twice in a row, unless it is larger than the cache."""
+def test_inputs_that_would_stay_in_a_cache_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody runs on what somebody has just run on, the floor included."""
     seen: list[int] = []
+    products = Products.__call__
 
     def spies(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         seen.append(weight.data_ptr())
         return EAGER.logprob(hidden, weight, target)
 
-    held(SMALL, "forward", [Contestant("spies", spies)])
-    of_rounds = seen[3:]  # after the check, the judgement and the weighing
-    copies = len(set(of_rounds))
-    expected = cache_bytes("cpu") // (4 * (SMALL.tokens + SMALL.vocab) * SMALL.hidden) + 2
-    assert copies == min(expected, len(of_rounds))
-    assert all(one != other for one, other in itertools.pairwise(of_rounds))
+    def spied(self: Products) -> None:
+        seen.append(self.weight_VD.data_ptr())
+        products(self)
+
+    monkeypatch.setattr(Products, "__call__", spied)
+    shape = replace(SMALL, vocab=4096, hidden=128)
+    held(shape, "forward", [Contestant("spies", spies)])
+    size = 4 * (shape.tokens + shape.vocab) * shape.hidden
+    copies = cache_bytes("cpu") // size + 2 if size <= cache_bytes("cpu") else 1
+    in_rounds = seen[-6:]  # three rounds of two
+    assert copies >= 2
+    assert len(set(in_rounds)) == min(copies, 6)
+    assert all(one != other for one, other in itertools.pairwise(in_rounds))
 
 
 def test_cringe_with_a_candidate_that_is_none_is_wrong() -> None:
@@ -307,6 +357,9 @@ def test_a_shape_of_ones_own() -> None:
         ("step-dpo", completion, 50) for completion in (3, 4)
     ]
     assert choose("cpu", "quick") is SUITES["cpu"]["quick"]
+    of_cases = choose("cpu", "quick", cases=["frozen", "step-dpo"])
+    assert of_cases.contests == [each for each in SUITES["cpu"]["quick"].contests if each[0] == "frozen"]
+    assert [name for name, _ in of_cases.steps] == ["step-dpo"]
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -392,7 +445,7 @@ def test_noise_is_no_regression_and_a_fifth_is(seed: int) -> None:
     before = report_of(seed=seed)
     assert judgements(before, report_of(seed=seed + 100)) == {"fastd2o cpu": "same", "eager": "same"}
     assert judgements(before, report_of(1.2, seed=seed + 200)) == {"fastd2o cpu": "slower", "eager": "same"}
-    assert judgements(report_of(1.3, seed=seed), report_of(seed=seed + 300))["fastd2o cpu"] == "faster"
+    assert judgements(report_of(1.5, seed=seed), report_of(seed=seed + 300))["fastd2o cpu"] == "faster"
 
 
 def test_memory_and_failures_are_compared_too() -> None:
@@ -401,9 +454,26 @@ def test_memory_and_failures_are_compared_too() -> None:
     failed = report_of()
     failed.contests[0].rows[1].error = "RuntimeError: gone"
     assert judgements(report_of(), failed)["fastd2o cpu"] == "now fails"
-    once = report_of(2.0)
-    once.contests[0].rows[1].times = [2.0]
-    assert judgements(report_of(), once)["fastd2o cpu"] == "too few rounds"
+    del failed.contests[0].rows[1]
+    assert judgements(report_of(), failed)["fastd2o cpu"] == "gone"
+
+
+@pytest.mark.parametrize(("slowdown", "judgement"), [(1.0, "same"), (1.15, "same"), (2.0, "slower"), (0.5, "faster")])
+def test_few_rounds_tell_large_changes(slowdown: float, judgement: str) -> None:
+    few = report_of(slowdown, noise=0.0)
+    for row in few.contests[0].rows:
+        row.times = row.times[:2]
+    assert judgements(report_of(noise=0.0), few)["fastd2o cpu"] == judgement
+
+
+def test_a_step_is_compared_with_the_same_yardstick() -> None:
+    """Without bare products eager code is one; where it is missing in one of them, seconds are compared."""
+    before, after = report_of(noise=0.0), report_of(noise=0.0)
+    for report in (before, after):
+        del report.contests[0].rows[0]
+    assert judgements(before, after) == {"fastd2o cpu": "same", "eager": "same"}
+    del after.contests[0].rows[1]
+    assert judgements(before, after) == {"fastd2o cpu": "same", "eager": "gone"}
 
 
 def test_reports_with_nothing_in_common_are_refused() -> None:

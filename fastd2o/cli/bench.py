@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +26,15 @@ Contestants take turns, and times are ratios to the bare matrix products of the 
 is listed as absent: pip install 'fastd2o[peers]'.
 """
 _CASES = ("forward", "frozen", "trained", "cringe", "dpo", "d2o", "step-d2o", "step-d2o-lora", "step-dpo")
+_OF_A_RUN = ("gpu", "cases", "tokens", "hidden", "vocab", "dtype", "peers", "only", "append")
 _RESULTS, _PREVIOUS = "results.json", "results.previous.json"
-_NOTHING_COLLECTED = 5  # pytest's exit code
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``fastd2o bench``."""
     parser.epilog = _EPILOG
-    suite = parser.add_argument_group("suite").add_mutually_exclusive_group()
+    suite = parser.add_argument_group("suite; default: a large vocabulary in bfloat16, ten minutes on two cores")
+    suite = suite.add_mutually_exclusive_group()
     for name, about in (
         ("quick", "small shapes: at most two minutes on two cores"),
         ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: an hour and more"),
@@ -48,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--tokens", type=int, nargs="+", metavar="T", help="of a step: of each completion")
     shape.add_argument("--hidden", type=int, nargs="+", metavar="D", help="the hidden states' size")
     shape.add_argument("--vocab", type=int, nargs="+", metavar="V", help="the vocabulary's")
-    shape.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="of the inputs")
+    shape.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="of the inputs, but of steps"
+    )
     who = parser.add_argument_group("contestants")
     who.add_argument("--peers", nargs="+", metavar="NAME", help="only these, or none (default: all that are installed)")
     who.add_argument(
@@ -69,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
 
     # A terminal has its own width; a file gets that of the widest table.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    return _compare(args, console) if args.action == "compare" else _measure(args, console)
+    if args.action != "compare":
+        return _measure(args, console)
+    given = [name for name in _OF_A_RUN if getattr(args, name)]
+    if given or args.suite != "default":
+        raise UsageError(f"compare measures nothing, and --{given[0] if given else args.suite} is for what measures")
+    return _compare(args, console)
 
 
 def _module(name: str) -> Any:
@@ -84,20 +91,15 @@ def _module(name: str) -> Any:
 def _measure(args: argparse.Namespace, console: Console) -> int:
     results, tables, plots = _module("results"), _module("tables"), _module("plots")
     device = "cuda" if args.gpu else "cpu"
-    _check(args, _module("contestants").peer_names(), device)
+    _check(args, _module("cases"), _module("steps"), _module("contestants").peer_names(), device)
     path = args.out / _RESULTS
-    args.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not args.append:
-        os.replace(path, args.out / _PREVIOUS)
     code = _pytest(args, device, path)
-    if not path.exists():
-        raise FastD2OError(f"nothing was measured (pytest's exit code is {code}); the reason stands above")
     report = results.Report.read(path)
     tables.show(console, report)
     markdown = args.out / "results.md"
     pictures = plots.draw(report, args.out)
     links = "".join(f"\n![{picture.stem}]({picture.name}.png)\n" for picture in pictures)
-    markdown.write_text(f"# Results\n\n{tables.markdown(report)}{links}", encoding="utf-8")
+    results.write_aside(markdown, f"# Results\n\n{tables.markdown(report)}{links}")
     for written in (path, markdown, *(picture.with_suffix(".png") for picture in pictures)):
         console.print(f"written: {written}", highlight=False, markup=False)
     if (args.out / _PREVIOUS).exists():
@@ -109,14 +111,33 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     return 1 if code else 0
 
 
-def _check(args: argparse.Namespace, peers: list[str], device: str) -> None:
+def _check(args: argparse.Namespace, cases: Any, steps: Any, peers: list[str], device: str) -> None:
     """Refuse what could only fail later."""
     for name in ("tokens", "hidden", "vocab"):
         if any(value < 1 for value in getattr(args, name) or ()):
             raise UsageError(f"--{name} has a value below 1")
+    shaped = any((args.tokens, args.hidden, args.vocab, args.dtype))
+    chosen = args.cases or (list(cases.CASES) if shaped else [])
+    losses = [name for name in chosen if name in cases.POSITIVES]
+    uneven = [tokens for tokens in args.tokens or () if tokens % cases.SEQUENCES]
+    if losses and uneven:
+        raise UsageError(
+            f"--tokens {uneven[0]} is not a multiple of {cases.SEQUENCES}, the sequences that {' and '.join(losses)} "
+            f"share them out to. Fix: --tokens {uneven[0] + cases.SEQUENCES - uneven[0] % cases.SEQUENCES}, or --cases "
+            "without them"
+        )
+    if "cringe" in chosen and any(vocab <= cases.CRINGE_K for vocab in args.vocab or ()):
+        raise UsageError(f"--vocab is too small for cringe, which needs more than its k = {cases.CRINGE_K} tokens")
+    of_steps = [name for name in chosen if name in steps.STEPS]
+    if of_steps and any(hidden % 64 for hidden in args.hidden or ()):
+        raise UsageError(f"--hidden is not a multiple of 64, the size of a head of attention in {of_steps[0]}")
+    if of_steps and args.dtype:
+        raise UsageError(f"--dtype does not apply to {of_steps[0]}, which is bfloat16. Fix: leave one of them out")
     unknown = [name for name in args.peers or () if name not in (*peers, "none")]
     if unknown:
         raise UsageError(f"there is no peer {unknown[0]!r}. The peers are: {', '.join(peers)}; or none")
+    if "none" in (args.peers or ()) and len(args.peers) > 1:
+        raise UsageError("--peers has none and a peer. Fix: one or the other")
     if device == "cuda":
         import torch
 
@@ -141,16 +162,39 @@ def _pytest(args: argparse.Namespace, device: str, path: Path) -> int:
     for name in ("cases", "tokens", "hidden", "vocab", "dtype"):
         values = getattr(args, name)
         arguments += [f"--{name}", *map(str, values)] if values else []
+    if args.append:
+        arguments.append("--append")
     if args.peers:
         arguments += ["--peers", ",".join(name for name in args.peers if name != "none")]
     if args.only:
         arguments += ["-k", args.only]
-    code = int(pytest.main(arguments))
-    if code == pytest.ExitCode.INTERRUPTED:
-        raise KeyboardInterrupt("interrupted; what was measured until then is in " + str(path))
-    if code == _NOTHING_COLLECTED:
+    failures = _Failures()
+    code = int(pytest.main(arguments, plugins=[failures]))
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise UsageError(f"no contest has {args.only!r} in its name")
+    if code == pytest.ExitCode.INTERRUPTED and not failures.messages:
+        raise KeyboardInterrupt(f"interrupted; what was measured until then is in {path}")
+    if failures.messages or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise FastD2OError(
+            " ".join(failures.messages) or f"pytest ended with exit code {code}; the reason stands above"
+        )
     return code
+
+
+class _Failures:
+    """Listens to pytest, which has no terminal here. A contestant that fails says so in the report."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Called by pytest after a module is read."""
+        if report.failed:
+            self.messages.append(str(report.longrepr))
+
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        """Called by pytest when a hook fails."""
+        self.messages.append(str(excrepr))
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
