@@ -221,9 +221,11 @@ def hold(setup: Setup) -> Contest:
         if row.error is None:
             with row.catching():
                 run: Run = functools.partial(turns.run, contestant)
-                warm_up = lap(run, setup.device)
-                if warm_up.both > setup.patience.turn and contestant.backend != setup.device:
-                    laps[row.contestant] = [lap(run, setup.device)]  # the warm-up may have compiled
+                once = lap(run, setup.device)
+                if once.both > setup.patience.turn and contestant.backend != setup.device:
+                    once = lap(run, setup.device)  # without what the first had to compile
+                if once.both > setup.patience.turn and contestant.backend != setup.device:
+                    laps[row.contestant] = [once]
                 else:
                     laps[row.contestant], runs[row.contestant] = [], run
 

@@ -10,16 +10,18 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastd2o.ops.plan import DEFAULT_BUDGET
+
 from .cases import CASES, OF_TOKENS
 from .plots import draw, exponent, points, series
-from .results import FLOOR, FOLDER, Report, Row
+from .results import FLOOR, FOLDER, Report, Row, verdicts
 from .steps import OURS, STEPS
-from .tables import title, where
+from .tables import heading, title, where
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PICTURES = ROOT / "docs" / "images" / "benchmarks"
-TARGETS, FULL = FOLDER / "cpu-targets.json", FOLDER / "cpu-full.json"
+TARGETS, FULL, PREFERENCE = (FOLDER / f"cpu-{name}.json" for name in ("targets", "full", "preference"))
 
 _PART = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 # Of the targets, the shape at which all contestants are shown.
@@ -97,24 +99,67 @@ def grid(case: str) -> str:
 
 def training_steps() -> str:
     """A row for each contestant and step."""
-    report = Report.read(FULL)
+    contests = [contest for contest in Report.read(FULL).contests if contest.case in STEPS]
     rows = []
-    for contest in report.contests:
-        for row in contest.rows if contest.case in STEPS else ():
-            first = row.contestant == OURS
-            time = f"{row.seconds:.2f} s" if first else f"{row.over_fastd2o:.2f} x"
+    for contest in contests:
+        for row in contest.rows:
+            first = row is contest.rows[0]
+            time = "" if row.over_fastd2o is None else f"{row.over_fastd2o:.2f} x"
+            if row.contestant == OURS and row.seconds is not None:
+                time = f"{row.seconds:.2f} s"
             rows.append(
                 [
                     STEPS[contest.case].title if first else "",
-                    str(contest.shape["vocab"]) if first else "",
                     title(row.contestant),
                     "failed" if row.error is not None else time,
-                    f"{row.extra_megabytes:,.0f} MB",
-                    f"{row.longest:,d}",
+                    "" if row.extra_megabytes is None else f"{row.extra_megabytes:,.0f} MB",
+                    "" if row.longest is None else f"{row.longest:,d}",
                 ]
             )
-    budget = next(contest.shape["budget"] for contest in report.contests if contest.case in STEPS)
-    return _table(["", "vocabulary", "log p by", "time", "memory", f"longest in {budget / 1e6:,.0f} MB"], rows)
+    budget = contests[0].shape["budget"] / 1e6
+    return _table(["", "log p by", "time", "memory", f"longest completion in {budget:,.0f} MB"], rows)
+
+
+def preference() -> str:
+    """What ``python -m benchmarks.preference`` measured."""
+    report = Report.read(PREFERENCE)
+    (contest,) = report.contests
+    shape, rows = contest.shape, {row.contestant: row for row in contest.rows}
+    half = rows["grouped, half saturated"].errors["backward_over_unsaturated"]
+    names = {
+        "grouped": "`linear_preference_loss`",
+        "grouped, half saturated": "the same, half of the groups saturated (`coefficient_tol`)",
+        "recompute": "`linear_logprob`, `grouped_loss` and a backward: recompute",
+        "frozen head": "`linear_preference_loss` with a frozen head",
+    }
+    head = (
+        f"{where(report)}, {contest.date}: D2O, {shape['tokens']} tokens in groups of four sequences, "
+        f"D {shape['hidden']}, vocabulary {shape['vocab']}, {shape['dtype']}, "
+        f"budget {DEFAULT_BUDGET / 1e6:,.0f} MB. Of the backward, saturating half of the groups leaves {half:.2f}.\n\n"
+    )
+    return head + _table(
+        ["", "time over 6 T·D·V of products", "over recompute", "memory"],
+        (
+            [text, f"{row.over_products:.2f}", f"{row.over_fastd2o:.2f}", f"{row.extra_megabytes:,.0f} MB"]
+            for name, text in names.items()
+            for row in (rows[name],)
+        ),
+    )
+
+
+def aims() -> str:
+    """How many of the targets are met, and which are not."""
+    report = Report.read(TARGETS)
+    judged = [
+        (contest, verdict)
+        for contest in report.contests
+        for row in contest.rows
+        if row.backend == report.kind
+        for verdict in verdicts(contest, row, report.kind)
+    ]
+    missed = [f"{verdict.quantity} of {heading(contest)}" for contest, verdict in judged if not verdict.met]
+    count = f"{len(judged) - len(missed)} of these {len(judged)} aims are met"
+    return f"{count}; missed: {'; '.join(missed)}.\n" if missed else f"All {len(judged)} of these aims are met.\n"
 
 
 def exponents() -> str:
@@ -134,7 +179,7 @@ def exponents() -> str:
 
 
 def slower() -> str:
-    """Where a peer is faster than FastD2O, or needs less memory."""
+    """Where a peer is faster than FastD2O."""
     report = Report.read(FULL)
     lines = []
     for case in CASES:
@@ -158,6 +203,8 @@ WRITERS: dict[str, Callable[[], str]] = {
     "all-shapes": all_shapes,
     **{f"grid-{case}": lambda case=case: grid(case) for case in CASES},  # type: ignore[misc]
     "training-steps": training_steps,
+    "preference": preference,
+    "aims": aims,
     "exponents": exponents,
     "slower": slower,
     "machine": lambda: where(Report.read(FULL)) + "\n",
