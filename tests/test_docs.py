@@ -148,13 +148,14 @@ def test_objectives() -> None:
 
 
 def test_metrics(folder: Path) -> None:
-    """Everything that Trainer itself does not log: in a run of all objectives at once, and in one of a sum over groups
-    that leaves something out of its gradients."""
-    rows = [{"prompt": f"ask {i}", "chosen": " kind", "rejected": " rude"} for i in range(4)]
+    """Everything that Trainer itself does not log: in a run of all objectives at once, in one of a sum over groups that
+    leaves something out of its gradients, and in one that draws its anchors."""
+    rows = [{"prompt": f"ask {i}", "chosen": " kind", "rejected": " rude", "anchors": [" kind"]} for i in range(4)]
     logged = set()
     for options in (
         {"objective": [name for name in OBJECTIVES if name != "nat"]},
         {"objective": ["dpo"], "coefficient_tol": 1e-3, "vocab_mass_tol": 1e-3},
+        {"objective": ["d2o"], "resample_every": 1, "online_max_new_tokens": 4},
     ):
         config = PreferenceConfig(
             "out",

@@ -187,7 +187,7 @@ def build_dataset(
             f"max_length is {max_length}; expected at least 2 (a prompt token and a completion token), or None"
         )
     rows = load_rows(source)
-    builder = _Builder(
+    builder = GroupBuilder(
         Origin.of(source), _tokenizer_of(processing_class), needs, max_length, positives, truncate_prompt, prompt_suffix
     )
     groups = list(builder.build(rows, progress))
@@ -201,8 +201,12 @@ def build_dataset(
     return PreferenceDataset(groups, builder.report)
 
 
-class _Builder:
-    """Takes rows through the stages and keeps the account."""
+class GroupBuilder:
+    """Takes rows through the stages and keeps the account; arguments as for :func:`build_dataset`.
+
+    Attributes:
+        report: what became of the rows.
+    """
 
     def __init__(
         self,
@@ -225,6 +229,7 @@ class _Builder:
         self.fixes: dict[str, str] = {}  # of bad rows, by reason
 
     def build(self, rows: Sequence[Row], progress: bool) -> Iterator[TokenizedGroup]:
+        """The groups of ``rows``, in order; one that cannot be used is left out and counted."""
         from tqdm import tqdm
 
         self.report.rows = len(rows)

@@ -191,6 +191,13 @@ _SETTINGS = (
     "fp16",
     "seed",
 )
+_ONLINE_SETTINGS = (
+    "resample_every",
+    "online_after",
+    "online_instruction",
+    "online_max_new_tokens",
+    "online_temperature",
+)
 
 
 def model_card(
@@ -276,7 +283,8 @@ def _objective_rows(config: PreferenceConfig) -> list[tuple[str, Any]]:
 
 
 def _settings(config: PreferenceConfig) -> list[tuple[str, Any]]:
-    values = ((name, getattr(config, name)) for name in _SETTINGS)
+    names = _SETTINGS if config.resample_every is None else (*_SETTINGS, *_ONLINE_SETTINGS)
+    values = ((name, getattr(config, name)) for name in names)
     return [(name, value.value if isinstance(value, Enum) else value) for name, value in values]
 
 

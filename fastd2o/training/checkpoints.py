@@ -10,6 +10,7 @@ checkpoint is still there.
       _fastd2o_run.json        which files the run wrote there
       _incomplete/             what is being written
       _reference_cache/        precomputed reference log-probabilities, kept from run to run
+      _online_anchors/         the anchors that were drawn while the run trained
 
 Names that begin with an underscore are left out by ``push_to_hub``.
 """
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from fastd2o.errors import FastD2OError
 
 REFERENCE_CACHE = "_reference_cache"
+ONLINE_ANCHORS = "_online_anchors"
 _INCOMPLETE = "_incomplete"
 _REPLACED = "replaced"
 _MANIFEST = "_fastd2o_run.json"
@@ -75,7 +77,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
             f"output_dir {str(folder)!r} holds files that no run wrote there and that saving the model could replace "
             f"({', '.join(sorted(foreign))}). Fix: choose another output_dir"
         )
-    if resume is True or (resume and Path(resume).resolve().parent == folder.resolve()):
+    if _goes_on_in(folder, resume):
         if overwrite:
             raise ValueError("overwrite and resume_from_checkpoint contradict each other. Fix: leave one of them out")
         return
@@ -90,6 +92,8 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
 def claim_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool | str | None = None) -> None:
     """Make ``output_dir`` ready: remove what a killed run left half-written and, with ``overwrite``, the run there.
 
+    Anchors that a run drew stay if it goes on here.
+
     Nothing is removed that no run wrote. Arguments and errors as :func:`check_output_dir`.
     """
     check_output_dir(output_dir, overwrite=overwrite, resume=resume)
@@ -98,9 +102,16 @@ def claim_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         if not (folder / path.name).exists():  # killed between the two renames of publish_folder
             os.replace(path, folder / path.name)
     shutil.rmtree(folder / _INCOMPLETE, ignore_errors=True)
+    if not _goes_on_in(folder, resume):
+        shutil.rmtree(folder / ONLINE_ANCHORS, ignore_errors=True)
     if overwrite:
         for path in [*_ours(folder), folder / _MANIFEST]:
             _remove(path)
+
+
+def _goes_on_in(folder: Path, resume: bool | str | None) -> bool:
+    """Whether the run resumes from a checkpoint in ``folder`` itself."""
+    return resume is True or (bool(resume) and Path(str(resume)).resolve().parent == folder.resolve())
 
 
 def resolve_checkpoint(output_dir: str | Path, resume: bool | str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from fastd2o.ops.backends import check_backend
 from fastd2o.ops.budget import check_budget
 from fastd2o.training.objectives import OBJECTIVES, OPTIONS, Objective, find_objective
+from fastd2o.training.sampling import INSTRUCTIONS, SamplingOptions
 
 
 @dataclass
@@ -146,6 +147,34 @@ class PreferenceConfig(TrainingArguments):
         metadata={"help": "Where precomputed reference log-probabilities are kept. Default: in output_dir."},
     )
 
+    # Online D2O
+    resample_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "d2o: draw new anchors from the model in training, for the rows of the coming so many steps each "
+            "time. Default: the dataset's anchors throughout."
+        },
+    )
+    online_after: int = field(
+        default=0, metadata={"help": "resample_every: steps on the dataset's anchors before the first draw."}
+    )
+    online_instruction: str = field(
+        default="harmless",
+        metadata={
+            "help": f"resample_every: put in front of every prompt, for generation only: a text, or one of "
+            f"{', '.join(INSTRUCTIONS)}, none."
+        },
+    )
+    online_max_new_tokens: int = field(
+        default=256, metadata={"help": "resample_every: longest anchor drawn, in tokens."}
+    )
+    online_temperature: float = field(
+        default=1.0, metadata={"help": "resample_every: of the softmax that anchors are drawn from, above 0."}
+    )
+    online_batch_size: int = field(
+        default=16, metadata={"help": "resample_every: anchors generated together, in each process."}
+    )
+
     # Model and run
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="float32",
@@ -197,6 +226,7 @@ class PreferenceConfig(TrainingArguments):
         self._check_objectives()
         self._check_options()
         self._check_training_arguments()
+        self._check_online()
         super().__post_init__()
 
     @property
@@ -208,6 +238,26 @@ class PreferenceConfig(TrainingArguments):
         """The value of option ``name`` for ``objective``: what was set, or the objective's own default."""
         value = getattr(self, name)
         return objective.options[name] if value is None else value
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How anchors are drawn with ``resample_every``, but for how many and the seed of a step.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        try:
+            return SamplingOptions(
+                num_anchors=1,
+                instruction=self.online_instruction,
+                max_new_tokens=self.online_max_new_tokens,
+                temperature=self.online_temperature,
+                batch_size=self.online_batch_size,
+                seed=self.seed,
+                bad_rows=self.bad_rows,
+            )
+        except ValueError as error:
+            raise ValueError(f"online_{error}") from error
 
     def _check_objectives(self) -> None:
         names = self.objective.split(",") if isinstance(self.objective, str) else self.objective
@@ -249,6 +299,35 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 "label_smoothing is 0, but exo_pair is infinite there. Fix: label_smoothing=0.001, the paper's value"
             )
+
+    def _check_online(self) -> None:
+        if self.resample_every is None:
+            changed = [
+                option.name
+                for option in fields(self)
+                if option.name.startswith("online_") and getattr(self, option.name) != option.default
+            ]
+            if changed:
+                raise ValueError(
+                    f"{changed[0]} is set, but no anchors are drawn in training. Fix: set resample_every as well, or "
+                    f"leave {changed[0]} out"
+                )
+            return
+        if not (isinstance(self.resample_every, int) and self.resample_every >= 1):
+            raise ValueError(f"resample_every is {self.resample_every!r}, expected a number of steps, at least 1")
+        if not (isinstance(self.online_after, int) and self.online_after >= 0):
+            raise ValueError(f"online_after is {self.online_after!r}, expected a number of steps, 0 or more")
+        if "d2o" not in self.objective:
+            raise ValueError(
+                f"resample_every draws anchors for d2o, but the objective is {' '.join(self.objective)}. Fix: "
+                "objective='d2o', or leave resample_every out"
+            )
+        if self.positives == "chosen":
+            raise ValueError(
+                "resample_every draws anchors anew, but positives='chosen' leaves anchors unused. Fix: "
+                "positives='anchors', or leave resample_every out"
+            )
+        _ = self.sampling  # checks its own values
 
     def _check_training_arguments(self) -> None:
         if not (isinstance(self.max_length, int) and self.max_length >= 2):

@@ -35,16 +35,23 @@ def prepare_dataset(
         fastd2o.DataError: rows that cannot be used.
         ValueError: a dataset built for another need.
     """
+    online = role == "train" and config.resample_every is not None
     if not isinstance(data, PreferenceDataset):
         data = build_dataset(
             data,
             processing_class,
             needs=mixture.needs,
             max_length=config.max_length,
-            positives=config.positives,
+            # What is drawn anew must have been drawn: a chosen answer was written.
+            positives="anchors" if online else config.positives,
             bad_rows=config.bad_rows,
             truncate_prompt=config.truncate_prompt,
             prompt_suffix=mixture.prompt_suffix,
+        )
+    elif online:
+        raise ValueError(
+            "resample_every is set, but the train dataset is tokenised, and an instruction goes in front of the text. "
+            "Fix: give the rows, or the file they are in"
         )
     for group in data.groups:
         missing = mixture.needs.missing(int(group.negative >= 0), len(group.positives))

@@ -135,6 +135,7 @@ def replace_file(out: Path, content: bytes | Iterable[bytes]) -> None:
     temporary = out.with_name(out.name + ".tmp")
     try:
         with explained(out, partial_path(out)):
+            out.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.writelines([content] if isinstance(content, bytes) else content)
                 file.flush()
@@ -145,8 +146,8 @@ def replace_file(out: Path, content: bytes | Iterable[bytes]) -> None:
             temporary.unlink()
 
 
-def replace_rows(out: Path, rows: Iterable[Any]) -> None:
-    """:func:`replace_file` with one JSON object per line."""
+def write_rows(out: Path, rows: Iterable[Any]) -> None:
+    """:func:`replace_file` with one JSON object per line, in a folder that is made where it is missing."""
     replace_file(out, map(dump, rows))
 
 

@@ -8,6 +8,7 @@ Decided once, when the trainer is built and the policy has not been trained yet:
 4. a frozen copy of the policy, taken in memory.
 
 With ``precompute_ref_log_probs`` the model among 2–4 scores the dataset before training and is let go: 1 from then on.
+Where anchors are drawn in training (``resample_every``) it stays, to score those, and columns alone are not enough.
 """
 
 from __future__ import annotations
@@ -108,6 +109,22 @@ class References:
             harmful = helpful if self.harmful is None else self.harmful(batch)
         return ReferenceLogps(helpful, harmful)
 
+    def score(self, dataset: PreferenceDataset, collate: PreferenceCollator, batch_size: int) -> PreferenceDataset:
+        """``dataset`` with what the models say of every sequence as columns; this process does it alone.
+
+        Raises:
+            FastD2OError: a value that is not finite.
+        """
+        columns: list[list[float] | None] = []
+        for reference in (self.helpful, self.harmful):
+            if reference is None:
+                columns.append(None)
+                continue
+            logps = _score(reference, dataset, collate, batch_size)
+            _check_finite(reference, logps)
+            columns.append(logps.tolist())
+        return dataset.with_reference(*columns)
+
 
 def find_references(
     policy: nn.Module,
@@ -133,16 +150,19 @@ def find_references(
     helpful: Reference | None = None
     harmful: Reference | None = None
     description = "columns of the dataset"
-    datasets, covered = _use_columns(datasets, "ref_logp", "ref_model", ref_model)
-    if not covered:
+    online = config.resample_every is not None
+    datasets, covered = _use_columns(datasets, "ref_logp", "ref_model", ref_model, online=online)
+    if not covered or online:
         helpful = _find_helpful(policy, ref_model, accelerator, config)
         description = helpful.description
-    datasets, covered = _use_columns(datasets, "harmful_ref_logp", "harmful_ref_model", harmful_ref_model)
-    if covered:
-        description += "; positives: columns of the dataset"
-    elif harmful_ref_model is not None:
+    datasets, covered = _use_columns(
+        datasets, "harmful_ref_logp", "harmful_ref_model", harmful_ref_model, online=online
+    )
+    if harmful_ref_model is not None:
         harmful = _own_model(harmful_ref_model, "harmful_ref_model", policy, accelerator, config)
         description += f"; positives: {harmful.description}"
+    elif covered:
+        description += "; positives: columns of the dataset"
     references = References(helpful, harmful, description)
     for name, data in datasets.items():
         references.check_fits(data, name.removeprefix("eval "))
@@ -155,18 +175,27 @@ def find_references(
             datasets = {
                 name: data.with_reference(harmful_ref_logps=scorer(harmful, data)) for name, data in datasets.items()
             }
-        # An adapter can be switched off at any time; other models are let go.
-        references = References(helpful if helpful is not None and helpful.adapter_off else None, None, description)
+        if not online:
+            # An adapter can be switched off at any time; other models are let go.
+            references = References(helpful if helpful is not None and helpful.adapter_off else None, None, description)
     return references, datasets
 
 
 def _use_columns(
-    datasets: Datasets, column: str, argument: str, model: nn.Module | str | None
+    datasets: Datasets, column: str, argument: str, model: nn.Module | str | None, *, online: bool
 ) -> tuple[Datasets, bool]:
-    """Whether every sequence of ``datasets`` has ``column``; where only some have, it is taken out of all."""
+    """Whether every sequence of ``datasets`` has ``column``; where only some have, it is taken out of all.
+
+    ``online``: anchors will be drawn that have none, so that the model behind the column is needed.
+    """
     known = [getattr(sequence, column) is not None for data in datasets.values() for sequence in data.sequences]
     if known and all(known):
-        if model is not None:
+        if online and model is None:
+            raise ValueError(
+                f"every sequence of the datasets has its {column}, but the anchors that resample_every draws will have "
+                f"none. Fix: give the model that the columns are of as {argument}, or remove the columns"
+            )
+        if model is not None and not online:
             raise ValueError(
                 f"{argument} is given, and every sequence of the datasets has its {column} already. Fix: leave "
                 f"{argument} out, or remove the columns"
@@ -207,7 +236,7 @@ def _find_helpful(
                 stacklevel=2,
             )
         return Reference(policy, accelerator, "the base model, without the adapter", adapter_off=True)
-    if config.precompute_ref_log_probs:
+    if config.precompute_ref_log_probs and config.resample_every is None:
         return Reference(policy, accelerator, "the model before training")
     if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
         raise FastD2OError(
@@ -262,34 +291,56 @@ class _Scorer:
         found_by_all = int(self.accelerator.reduce(found, "sum")) == self.accelerator.num_processes
         if cached is not None and found_by_all:
             return cached.tolist()
-        logps = self._score(reference, dataset)
-        if not torch.isfinite(logps).all():
-            raise FastD2OError(
-                f"the reference ({reference.description}) gives log-probabilities that are not finite. Fix: use "
-                "another model or dtype"
-            )
+        every, own = self.accelerator.num_processes, self.accelerator.process_index
+        hidden = not self.accelerator.is_local_main_process
+        logps = self.accelerator.reduce(
+            _score(reference, dataset, self.collate, self.batch_size, share=slice(own, None, every), hidden=hidden),
+            "sum",
+        ).cpu()
+        _check_finite(reference, logps)
         if self.accelerator.is_main_process:
             _write(path, logps)
         return logps.tolist()
 
-    def _score(self, reference: Reference, dataset: PreferenceDataset) -> Tensor:
-        """One value for each sequence, float32 on the CPU, the same on every process."""
-        first = list(accumulate((len(group.sequences) for group in dataset.groups), initial=0))
-        # Like lengths together, so that little is padding; every process its share.
-        lengths = dataset.lengths
-        order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
-        share = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        logps = torch.zeros(first[-1], device=self.accelerator.device)
-        hidden = not self.accelerator.is_local_main_process
-        with tqdm(total=len(share), desc="Reference log-probabilities", unit="group", disable=hidden) as bar:
-            for begin in range(0, len(share), self.batch_size):
-                indices = share[begin : begin + self.batch_size]
-                inputs = self.collate([dataset[index] for index in indices])
-                batch = Batch(**{name: tensor.to(logps.device) for name, tensor in inputs.items()})
-                places = [place for index in indices for place in range(first[index], first[index + 1])]
-                logps[torch.tensor(places, device=logps.device)] = reference(batch).float()
-                bar.update(len(indices))
-        return self.accelerator.reduce(logps, "sum").cpu()
+
+def _score(
+    reference: Reference,
+    dataset: PreferenceDataset,
+    collate: PreferenceCollator,
+    batch_size: int,
+    *,
+    share: slice = slice(None),
+    hidden: bool = True,
+) -> Tensor:
+    """One float32 value for each sequence of ``dataset``, on the device; 0 for those of groups not in ``share``.
+
+    Args:
+        reference, dataset, collate: what scores, what is scored, and how it becomes a batch.
+        batch_size: groups scored together.
+        share: of the groups, the longest first.
+        hidden: show no progress bar.
+    """
+    first = list(accumulate((len(group.sequences) for group in dataset.groups), initial=0))
+    # Like lengths together, so that little is padding.
+    chosen = sorted(range(len(dataset)), key=dataset.lengths.__getitem__, reverse=True)[share]
+    logps = torch.zeros(first[-1], device=reference.accelerator.device)
+    with tqdm(total=len(chosen), desc="Reference log-probabilities", unit="group", disable=hidden) as bar:
+        for begin in range(0, len(chosen), batch_size):
+            indices = chosen[begin : begin + batch_size]
+            inputs = collate([dataset[index] for index in indices])
+            batch = Batch(**{name: tensor.to(logps.device) for name, tensor in inputs.items()})
+            places = [place for index in indices for place in range(first[index], first[index + 1])]
+            logps[torch.tensor(places, device=logps.device)] = reference(batch).float()
+            bar.update(len(indices))
+    return logps
+
+
+def _check_finite(reference: Reference, logps: Tensor) -> None:
+    if not torch.isfinite(logps).all():
+        raise FastD2OError(
+            f"the reference ({reference.description}) gives log-probabilities that are not finite. Fix: use "
+            "another model or dtype"
+        )
 
 
 def _fingerprint(model: nn.Module) -> str:

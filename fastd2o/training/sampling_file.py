@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fastd2o.data.rows import Source
 from fastd2o.errors import FastD2OError
-from fastd2o.training.files import PartialFile, dump, explained, partial_path, replace_rows
+from fastd2o.training.files import PartialFile, dump, explained, partial_path, write_rows
 from fastd2o.training.generators import Generator, Prompt, TransformersGenerator
 from fastd2o.training.sampling import (
     SampledRow,
@@ -77,7 +77,7 @@ def sample_file(
     if not report.anchors:
         partial.remove()
     check_result(report)
-    replace_rows(Path(out), in_order(done))
+    write_rows(Path(out), in_order(done))
     partial.remove()
     return report
 

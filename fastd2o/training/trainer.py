@@ -41,6 +41,7 @@ from fastd2o.training.config import PreferenceConfig
 from fastd2o.training.datasets import Data, check_fits, prepare_dataset, vocabulary
 from fastd2o.training.metrics import Meter
 from fastd2o.training.objectives import ENTROPY, Mixture
+from fastd2o.training.online import OnlineAnchors
 from fastd2o.training.policy import (
     digest,
     disable_dropout,
@@ -139,6 +140,8 @@ class PreferenceTrainer(Trainer):
             disable_dropout(policy)
         attach(policy, backend=args.backend)
 
+        if args.resample_every is not None and isinstance(train_dataset, Iterator):
+            train_dataset = list(train_dataset)  # read twice: tokenised, and sampled from
         # Before Trainer's own set-up: what the data has wrong is known before anything is put on a device.
         self.args, self.processing_class = args, processing_class
         self.reports: dict[str, DataReport] = {}
@@ -181,6 +184,9 @@ class PreferenceTrainer(Trainer):
                 )
         self._run = self._describe_run(base_digest, datasets.get("train"))
         self.train_dataset = datasets.get("train")
+        self._online = None
+        if args.resample_every is not None and train_dataset is not None:
+            self._online = self._online_anchors(train_dataset)
         evaluation = {name: datasets[f"eval {name}"] for name, data in several.items() if data is not None}
         self.eval_dataset = evaluation if isinstance(eval_dataset, dict) else evaluation.get(_ONLY)
 
@@ -235,6 +241,24 @@ class PreferenceTrainer(Trainer):
         """Entropy and the like cost half a fold more: training shows those of one micro-batch per logging window."""
         return not model.training or ENTROPY not in self._meter
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of the coming step, and the units in them; with ``resample_every`` the policy may draw
+        their anchors first.
+
+        Args:
+            epoch_iterator: what the epoch still holds.
+            num_batches: micro-batches of the step.
+            device: where the units are counted.
+        """
+        if self._online is None or self.state.global_step < self.args.online_after:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self._online.take(
+            epoch_iterator, num_batches, step=self.state.global_step, max_steps=self.state.max_steps
+        )
+        return batches, self._get_num_items_in_batch(batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """[3] how many of each of ``UNITS`` the accumulation window holds, over all processes."""
         own = torch.zeros(len(UNITS), dtype=torch.int64, device=device)
@@ -270,6 +294,25 @@ class PreferenceTrainer(Trainer):
         logger.info(f"{role} dataset: {dataset.report}")
         self.reports[role] = dataset.report
         return dataset
+
+    def _online_anchors(self, source: Data) -> OnlineAnchors:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise FastD2OError(
+                "resample_every lets every process draw with the whole model, which FSDP and DeepSpeed may have shared "
+                "out. Fix: train under DDP, or draw anchors between runs with `fastd2o sample`"
+            )
+        assert not isinstance(source, PreferenceDataset)  # prepare_dataset refuses that
+        policy: Any = self.model
+        return OnlineAnchors(
+            policy,
+            getattr(self.processing_class, "tokenizer", self.processing_class),
+            source,
+            self.train_dataset,
+            self.data_collator,
+            self.args,
+            self.references,
+            self._meter.add,
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -503,19 +546,23 @@ class PreferenceTrainer(Trainer):
         return f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint yet"
 
     def _save_window(self, folder: Path) -> None:
-        """Save what was measured since the last log, so that a resumed run logs what an uninterrupted one does."""
-        window = {
+        """Save what was measured since the last log, so that a resumed run logs what an uninterrupted one does; and the
+        anchors that the policy drew for the steps to come.
+        """
+        window: dict[str, Any] = {
             "loss": float(self._tr_loss),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": self._meter.state(),
         }
+        if self._online is not None:
+            window["online"] = self._online.state()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"window_{self.args.process_index}.json"
         path.write_text(json.dumps(window), encoding="utf-8")
 
     def load_window(self) -> None:
-        """Continue the logging window of the checkpoint resumed from; Trainer has just begun a new one."""
+        """Continue the logging window of the checkpoint resumed from, and its anchors; Trainer has just begun anew."""
         if self._resumed_from is None:
             return
         path = self._resumed_from / f"window_{self.args.process_index}.json"
@@ -526,6 +573,8 @@ class PreferenceTrainer(Trainer):
         self._total_loss_scalar = window["total_loss"]
         self._globalstep_last_logged = window["last_logged"]
         self._meter.load(window["metrics"], self.args.device)
+        if self._online is not None and "online" in window and not self.args.ignore_data_skip:
+            self._online.load(window["online"])
 
     # --- model card -------------------------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "d2o": {"objective": "d2o"},
     "mixture": {"objective": ["dpo", "unlikelihood", "cringe"], "objective_weights": [1, 0.5, 2]},
     "kto": {"objective": "kto", "gradient_accumulation_steps": 1, "max_steps": 4},
+    "online": {"objective": "d2o", "online_after": 1, "resample_every": 2, "online_max_new_tokens": 6}
+    | {"online_instruction": "w1"},
 }
 """Gradients must not depend on the number of processes (KTO: in one micro-batch, which its reference point is of)."""
 

@@ -32,7 +32,7 @@ from fastd2o.data import Origin, load_rows
 from fastd2o.errors import FastD2OError
 from fastd2o.loading import check_model, load_model, load_tokenizer
 from fastd2o.training.checkpoints import checkpoints
-from fastd2o.training.files import PartialFile, replace_file, replace_rows
+from fastd2o.training.files import PartialFile, replace_file, write_rows
 from fastd2o.training.generators import Generator, TransformersGenerator, VLLMGenerator, import_vllm
 from fastd2o.training.objectives import SATURATED, Mixture
 from fastd2o.training.rounds.builders import Built, ScoredRow, build_anchors, build_labels, build_pairs
@@ -187,7 +187,7 @@ class _Run:
             report.add(row.counts)
         check_result(report)
         prompts = {prompt.line: prompt for prompt in self.prompts}
-        replace_rows(
+        write_rows(
             out,
             (
                 {
@@ -212,7 +212,7 @@ class _Run:
             scores = score_prompt(self.scorer, sample["row"], sample["completions"], where)
             rows.append(ScoredRow(**sample, scores=scores))
             partial.append(rows[-1:])
-        replace_rows(out, map(asdict, rows))
+        write_rows(out, map(asdict, rows))
         partial.remove()
 
     def measure(self, round_: int, folder: Path) -> None:
@@ -233,7 +233,7 @@ class _Run:
         base = [] if self.config.base_dataset is None else [row.data for row in load_rows(self.config.base_dataset)]
         counts = {**built.counts, "rows of base_dataset": len(base)} if base else built.counts
         write_json(folder / "build.json", counts)
-        replace_rows(folder / "groups.jsonl", [*built.rows, *base])
+        write_rows(folder / "groups.jsonl", [*built.rows, *base])
 
     def train(self, round_: int, folder: Path) -> None:
         """Train the round's model, from the last checkpoint of this round if there is one."""

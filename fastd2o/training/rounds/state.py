@@ -61,7 +61,6 @@ class State:
 
     def note(self, round_: int, phase: str, stopped: str | None = None) -> None:
         """Write that the run is in ``phase`` of ``round_``, and why it ``stopped`` there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "fastd2o_rounds": _FORMAT,
             "round": round_,
