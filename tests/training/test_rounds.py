@@ -20,7 +20,13 @@ from fastd2o.training.rounds import RoundsConfig, read_records, run_rounds
 from fastd2o.training.sampling import SamplingOptions, sample_anchors
 from tests.cli.tiny import TEXT_ROWS, read_jsonl, save_tiny_model, write_jsonl
 
-TRAIN = {"use_cpu": True, "max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 2, "save_steps": 1}
+TRAIN = {
+    "use_cpu": True,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +197,7 @@ def test_the_reference_of_a_round(make, tmp_path):
             rounds=2,
             reference=reference,
             output_dir=str(tmp_path / reference),
-            train={"max_steps": 1, "learning_rate": 0.01, "save_strategy": "no"},
+            train={"max_steps": 1, "learning_rate": 0.01},
         )
         first_losses[reference] = [record.training["loss"] for record in run_rounds(config) if record.training]
     assert first_losses["previous"] == pytest.approx([0.6931, 0.6931], abs=1e-4)
