@@ -45,6 +45,13 @@ THRESHOLD = 1.0  # CRINGE: helpful completions are good, all others bad
 HELD_OUT = 0.2  # as in the demo
 MAX_NEW_TOKENS = 48
 SAMPLING_BATCH = 256
+MARGIN = 10.0  # nats; at the default of 0 most pairs are apart from the first step, and Pairwise Cringe learns nothing
+OPTIONS: dict[str, dict[str, Any]] = {
+    "d2o": {"alpha": BETA, "beta": BETA},
+    "dpo": {"beta": BETA},
+    "pairwise_cringe": {"cringe_margin": MARGIN},
+    "cringe": {},
+}
 WORLD = load_world()
 TASKS = {task.name: task for task in WORLD.tasks}
 
@@ -185,7 +192,6 @@ class Bench:
 
     def _options(self, objective: str, steps: int) -> dict[str, Any]:
         """As the demo trains."""
-        options: dict[str, Any] = {"d2o": {"alpha": BETA, "beta": BETA}, "dpo": {"beta": BETA}}.get(objective, {})
         return {
             "objective": [objective],
             "learning_rate": Settings.learning_rate,
@@ -196,7 +202,7 @@ class Bench:
             "use_cpu": True,
             "save_strategy": "no",
             "disable_tqdm": True,
-            **options,
+            **OPTIONS[objective],
         }
 
 

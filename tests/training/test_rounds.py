@@ -357,6 +357,7 @@ def test_a_prompt_alone_is_enough(make, tmp_path):
             "max_saturated is set, but the objective cringe has no margin",
         ),
         ({"train": {"objectiv": "dpo"}}, r"train: unknown option 'objectiv' \(did you mean objective"),
+        ({"train": {"learning_rate": "1e-4"}}, "train: learning_rate is the text '1e-4', expected a number"),
         ({"train": {"output_dir": "x"}}, "train: output_dir cannot be set: each round has a folder of its own"),
         ({"sampling": {"num_anchors": 3}}, "sampling: num_anchors cannot be set: it is num_samples"),
         ({"sampling": {"temperature": 0}}, "temperature is 0"),

@@ -118,11 +118,22 @@ class RoundsConfig:
                 f"num_samples is {self.num_samples}, but a pair is made of two completions of a prompt. Fix: "
                 "num_samples=2 or more"
             )
+        self._check_numbers()
         self._check_threshold()
         self.scorer_options()
         self.sampling_options(1)
         self._check_optimizer(OptimizerNames(self.training(1).optim).value)
         self._check_objective(Mixture(self.training(1)))
+
+    def _check_numbers(self) -> None:
+        """TrainingArguments looks at no types: text would come to light once a round has sampled."""
+        for option in fields(PreferenceConfig):
+            value = self.train.get(option.name)
+            if isinstance(option.default, float) and isinstance(value, str):
+                raise ValueError(
+                    f"train: {option.name} is the text {value!r}, expected a number. Fix: in YAML 1.1, write 1.0e-4 for "
+                    "1e-4"
+                )
 
     def _check_threshold(self) -> None:
         if self.builder != "labels":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,6 @@ import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -30,7 +28,7 @@ from transformers import (
 
 from fastd2o.data import Origin, load_rows
 from fastd2o.errors import FastD2OError
-from fastd2o.loading import check_model, load_model, load_tokenizer
+from fastd2o.loading import check_model, load_model, load_outline, load_tokenizer
 from fastd2o.training.checkpoints import checkpoints
 from fastd2o.training.files import PartialFile, replace_file, write_rows
 from fastd2o.training.generators import Generator, TransformersGenerator, VLLMGenerator, import_vllm
@@ -129,14 +127,12 @@ class _Run:
         self.tokenizer = load_tokenizer(config.model, flag="model", trust_remote_code=config.trust_remote_code)
         self.prompts, _ = read_prompts(
             config.dataset,
-            self._outline(),
+            load_outline(config.model, flag="model", trust_remote_code=config.trust_remote_code),
             self.tokenizer,
             config.sampling_options(1),
             negatives=config.builder == "anchors",
         )
         self.origin = Origin.of(config.dataset)
-        if config.base_dataset is not None:
-            load_rows(config.base_dataset)
 
     def phases(self, round_: int) -> Iterator[tuple[str, str, Callable[[int, Path], None]]]:
         """The phases of a round: name, the file that is its last, and the work."""
@@ -164,8 +160,9 @@ class _Run:
                 shutil.rmtree(folder / "train", ignore_errors=True)
                 self.config.watch().check_training(round_, _saturated(read_json(folder / result)["log"]))
         except Exception as error:
-            self.state.note(round_, phase, stopped=str(error) or type(error).__name__)
-            self.report()
+            with suppress(FastD2OError):  # a full disk, which is what stopped the run
+                self.state.note(round_, phase, stopped=str(error) or type(error).__name__)
+                self.report()
             raise
 
     def report(self) -> None:
@@ -279,14 +276,6 @@ class _Run:
             attn_implementation=self.config.attn_implementation,
             trust_remote_code=self.config.trust_remote_code,
         )
-
-    def _outline(self) -> PreTrainedModel:
-        """The model without its weights: its vocabulary and the length of its context."""
-        trust = self.config.trust_remote_code
-        with torch.device("meta"):
-            described = AutoConfig.from_pretrained(self.config.model, trust_remote_code=trust)
-            outline: PreTrainedModel = AutoModelForCausalLM.from_config(described, trust_remote_code=trust)
-        return outline
 
     @contextmanager
     def _generator(self, round_: int) -> Iterator[Generator]:
