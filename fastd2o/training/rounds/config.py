@@ -131,8 +131,8 @@ class RoundsConfig:
             value = self.train.get(option.name)
             if isinstance(option.default, float) and isinstance(value, str):
                 raise ValueError(
-                    f"train: {option.name} is the text {value!r}, expected a number. Fix: in YAML 1.1, write 1.0e-4 for "
-                    "1e-4"
+                    f"train: {option.name} is the text {value!r}, expected a number. Fix: in YAML 1.1, write 1.0e-4 "
+                    "for 1e-4"
                 )
 
     def _check_threshold(self) -> None:
