@@ -45,12 +45,15 @@ THRESHOLD = 1.0  # CRINGE: helpful completions are good, all others bad
 HELD_OUT = 0.2  # as in the demo
 MAX_NEW_TOKENS = 48
 SAMPLING_BATCH = 256
-MARGIN = 10.0  # nats; at the default of 0 most pairs are apart from the first step, and Pairwise Cringe learns nothing
+# In nats. At the default of 0 most pairs are apart from the first step, and Pairwise Cringe learns nothing.
+MARGIN = 10.0
+# At the default of 1, against about 0.15 nats of cross-entropy per token, unlearning takes the language with it.
+CRINGE_ALPHA = 0.1
 OPTIONS: dict[str, dict[str, Any]] = {
     "d2o": {"alpha": BETA, "beta": BETA},
     "dpo": {"beta": BETA},
-    "pairwise_cringe": {"cringe_margin": MARGIN},
-    "cringe": {},
+    "pairwise_cringe": {"cringe_margin": MARGIN, "cringe_alpha": CRINGE_ALPHA},
+    "cringe": {"cringe_alpha": CRINGE_ALPHA},
 }
 WORLD = load_world()
 TASKS = {task.name: task for task in WORLD.tasks}

@@ -109,13 +109,13 @@ def test_killed_between_two_files(settings, undisturbed, tmp_path, monkeypatch, 
     from fastd2o.training import files, trainer
     from fastd2o.training.rounds import driver
 
-    owners = {
+    places: dict[str, list[tuple[Any, str]]] = {
         "PartialFile.append": [(files.PartialFile, "append")],
         "PartialFile.remove": [(files.PartialFile, "remove")],
         "write_json": [(driver, "write_json")],
         "publish_folder": [(trainer, "publish_folder")],
         "publish_files": [(trainer, "publish_files")],
-    }[where]
+    }
     calls = 0
 
     def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ def test_killed_between_two_files(settings, undisturbed, tmp_path, monkeypatch, 
 
     config = RoundsConfig(**{**settings, "rounds": 1}, output_dir=str(tmp_path / "out"))
     with monkeypatch.context() as patch:
-        for owner, name in owners:
+        for owner, name in places[where]:
             patch.setattr(owner, name, deadly(getattr(owner, name)))
         with pytest.raises(Killed):
             run_rounds(config)
