@@ -92,7 +92,7 @@ def _print_summary(records: list[RoundRecord]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="What the samples of each round's first model were like", title_justify="left")
+    table = Table(title="The samples that each round began with; last: of the model in the end", title_justify="left")
     for name in ("round", "reward", "best", "worst", "KL", "length", "distinct-2", "trained on"):
         table.add_column(name, justify="right")
     for number, record in enumerate(records, 1):
@@ -102,6 +102,6 @@ def _print_summary(records: list[RoundRecord]) -> None:
         made = next((f"{counts[name]} {name}" for name in ("pairs", "groups") if name in counts), "")
         if "kept of each" in counts:
             made = f"2 x {counts['kept of each']} completions"
-        label = str(number) if record.training is not None else "last model"
+        label = str(number) if record.training is not None else "last"
         table.add_row(label, *(f"{value:.3g}" for value in numbers), made)
     Console().print(table)

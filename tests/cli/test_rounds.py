@@ -40,7 +40,7 @@ def test_a_run_says_what_it_does_and_where_the_model_is(fastd2o, config, tmp_pat
     assert re.search(r"^step 2/2 \| loss 0\.\d+ \| .*rewards/margins", result.out + result.err, re.MULTILINE)
     pairs = json.loads((tmp_path / "out" / "round-1" / "build.json").read_text(encoding="utf-8"))["pairs"]
     assert re.search(rf"│ +1 │ .*{pairs} pairs │", result.out)
-    assert re.search(r"│ last model │", result.out)
+    assert re.search(r"│ +last │", result.out)
     assert f"The model is in {tmp_path}/out/round-1/model" in result.out
     assert (tmp_path / "out" / "round-1" / "model" / "model.safetensors").is_file()
     assert f"The report: {tmp_path}/out/report.html" in result.out
