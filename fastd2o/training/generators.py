@@ -141,7 +141,6 @@ class TransformersGenerator:
                     max_new_tokens=options.max_new_tokens,
                     pad_token_id=pad,
                     eos_token_id=self.stops or None,
-                    use_cache=True,  # Trainer switches the model's own setting off
                 ),
                 logits_processor=LogitsProcessorList(
                     [*warpers, _ChooseToken(uniforms_SL, length, [prompt.line for prompt in prompts])]

@@ -16,7 +16,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from hashlib import blake2b
 from itertools import groupby, islice
 from math import ceil
 from pathlib import Path
@@ -36,13 +35,13 @@ from fastd2o.data import (
 )
 from fastd2o.data.dataset import GroupBuilder
 from fastd2o.data.rows import Source
-from fastd2o.errors import FastD2OError, FastD2OWarning
+from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
 from fastd2o.training.checkpoints import ONLINE_ANCHORS
 from fastd2o.training.files import write_rows
 from fastd2o.training.generators import stop_ids
 from fastd2o.training.references import References
 from fastd2o.training.sampling import SampledRow, SamplingReport, draw_chunks, in_order, read_prompts
-from fastd2o.training.scoring import Measure
+from fastd2o.training.scoring import Measure, hash64
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +91,10 @@ class OnlineAnchors:
         assert config.resample_every is not None
         self._steps = config.resample_every
         self._origin = Origin.of(source)
-        prompts, _ = read_prompts(source, policy, tokenizer, config.sampling)
+        try:
+            prompts, _ = read_prompts(source, policy, tokenizer, config.sampling)
+        except DataError as error:
+            raise DataError(f"resample_every (max_new_tokens is online_max_new_tokens here): {error}") from error
         self._prompts = {prompt.line: prompt for prompt in prompts}
         self._own = {group.line: group for group in dataset.groups}
         # The window: the step it ends before, the groups of its rows, and the lines of its batches still to come.
@@ -158,7 +160,7 @@ class OnlineAnchors:
             dataset = PreferenceDataset(drawn, builder.report)
             self.references.check_fits(dataset, "online")
             drawn = list(self.references.score(dataset, self.collate, args.per_device_train_batch_size).groups)
-        else:
+        elif rows:
             warnings.warn(
                 f"no sample of step {step} is of use as an anchor: all are empty or the negative itself. The anchors "
                 "of the dataset stay",
@@ -208,7 +210,7 @@ class OnlineAnchors:
 
 def seed_of_step(seed: int, step: int) -> int:
     """Of the draws of a step: each draws anew."""
-    return int.from_bytes(blake2b(f"{seed} online step {step}".encode(), digest_size=8).digest(), "big")
+    return hash64(f"{seed} online step {step}")
 
 
 def _without_repetitions(row: SampledRow) -> SampledRow:

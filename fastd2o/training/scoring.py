@@ -395,12 +395,13 @@ def _cringe(
         batch.target.masked_fill(~batch.negative[:, None], IGNORED),
         k=wants.cringe_k,
         detach_positive=wants.cringe_detach_positive,
-        seed=_hash64(seed),
+        seed=hash64(seed),
         counter=counter,
         **options,
     )
     return output.loss, output.logprob
 
 
-def _hash64(text: str) -> int:
+def hash64(text: str) -> int:
+    """A number below 2^64 that seeds what ``text`` describes."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

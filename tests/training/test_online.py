@@ -128,7 +128,7 @@ def test_every_window_trains_on_what_was_drawn_for_its_own_rows(run):
         assert begin == 0 or seen == files[begin].keys()
 
 
-def test_anchors_come_from_the_weights_at_the_draw_and_differ_from_draw_to_draw(run):
+def test_anchors_come_from_the_weights_at_the_draw(run):
     trainer, _ = run
     tokenizer: Any = trainer.processing_class
     for step, rows in drawn(trainer).items():
@@ -139,8 +139,13 @@ def test_anchors_come_from_the_weights_at_the_draw_and_differ_from_draw_to_draw(
         expected = {row.data["prompt"]: row.data for chunk in chunks for row in chunk}
         for prompt, row in rows.items():
             assert row["anchors"] == expected[prompt]["anchors"][: len(row["anchors"])]
+
+
+def test_every_draw_draws_anew(tmp_path):
+    """From the same weights too."""
+    trainer = train(tmp_path, learning_rate=0.0, max_steps=3, resample_every=1, train_dataset=ROWS[:4])
     anchors = [tuple(row["anchors"]) for rows in drawn(trainer).values() for row in rows.values()]
-    assert len(set(anchors)) == len(anchors)
+    assert len(set(anchors)) == len(anchors) == 12
 
 
 def test_references_are_those_of_the_frozen_model(run):
@@ -325,7 +330,12 @@ def test_other_sequences_of_a_group_stay(tmp_path):
 def test_conversations(tmp_path):
     tokenizer = tiny_tokenizer()
     rows = [{**row, "anchors": [message("assistant", "kind"), message("assistant", "good")]} for row in CHAT_ROWS]
-    options = {"objective": "d2o", "max_steps": 1, "resample_every": 1, "online_max_new_tokens": 6}
+    options: dict[str, Any] = {
+        "objective": "d2o",
+        "max_steps": 1,
+        "resample_every": 1,
+        "online_max_new_tokens": 6,
+    }
     config = PreferenceConfig(str(tmp_path), use_cpu=True, save_strategy="no", logging_steps=1, **options)
     trainer = PreferenceTrainer(tiny_model(tokenizer, context=512), config, iter(rows), tokenizer)
     trainer.train()
@@ -405,7 +415,9 @@ def test_data_that_cannot_be_drawn_for(tmp_path):
     built = build_dataset(ROWS, tiny.make_tokenizer(), needs=Needs.PAIR)
     with pytest.raises(ValueError, match=r"the train dataset is tokenised.*Fix: give the rows"):
         tiny.make_trainer(tmp_path, **{**ONLINE, "train_dataset": built})
-    with pytest.raises(DataError, match=r"row 1: the prompt has \d+ tokens \(instruction included\)"):
+    with pytest.raises(
+        DataError, match=r"resample_every .*: dataset, row 1: the prompt has \d+ tokens \(instruction included\)"
+    ):
         tiny.make_trainer(tmp_path, **{**ONLINE, "online_max_new_tokens": 60})
     with pytest.raises(DataError, match=r"no row is left; each needs a negative and a positive.*fastd2o sample"):
         tiny.make_trainer(tmp_path, **{**ONLINE, "train_dataset": tiny.make_rows(4, anchors=False)})
