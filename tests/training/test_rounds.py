@@ -153,10 +153,16 @@ def test_anchors_are_drawn_under_an_instruction_unless_told_otherwise(make):
     assert d2o.sampling_options(1).instruction == "harmless"
     assert make().sampling_options(1).instruction is None
     assert make(sampling={"instruction": "Be kind."}).sampling_options(1).instruction == "Be kind."
-    run_rounds(d2o)
-    rows = read_jsonl(Path(d2o.output_dir) / "round-1" / "groups.jsonl")
+
+
+def test_anchors_that_repeat_one_another_are_kept_once_and_counted(make):
+    config = make(builder="anchors", train={"objective": "d2o"}, sampling={"max_new_tokens": 6, "temperature": 1e-5})
+    records = run_rounds(config)
+    rows = read_jsonl(Path(config.output_dir) / "round-1" / "groups.jsonl")
     assert [row["rejected"] for row in rows] == [row["rejected"] for row in TEXT_ROWS]
-    assert all(len(row["anchors"]) == 3 for row in rows)
+    assert all(len(row["anchors"]) == len(row["anchor_cut"]) == 1 for row in rows)
+    assert records[0].counts == {"prompts": 6, "groups": 6, "anchors": 6, "duplicates": 12}
+    assert records[0].measures.duplicates == pytest.approx(2 / 3)
 
 
 def test_labels_beside_rows_of_ones_own(make, place):
