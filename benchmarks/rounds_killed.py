@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             while done < args.kills and process.poll() is None:
                 # Its work begins when it writes its state; what comes before is imports.
                 if (out / "state.json").exists() and (out / "state.json").stat().st_mtime_ns != before:
-                    time.sleep(rng.uniform(0, 2.5 * work / args.kills))
+                    time.sleep(rng.uniform(0, 1.2 * work / args.kills))
                     break
                 time.sleep(0.002)
             if done < args.kills and process.poll() is None:
