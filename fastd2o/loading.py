@@ -95,6 +95,21 @@ def load_model(
     return model
 
 
+def load_outline(name: str, *, flag: str = "--model", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model ``name`` without memory for its weights: its vocabulary, the length of its context.
+
+    Raises:
+        FastD2OError: its configuration cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _one_line_errors(name, flag, "model"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        outline: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return outline
+
+
 def load_tokenizer(name: str, *, flag: str = "--model", trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved beside a model."""
     from transformers import AutoTokenizer

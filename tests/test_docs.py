@@ -22,6 +22,7 @@ import fastd2o
 from fastd2o.cli import COMMANDS, main
 from fastd2o.data import groups
 from fastd2o.training import OBJECTIVES, PreferenceConfig, PreferenceTrainer
+from fastd2o.training.rounds import Limits, Measures, RoundsConfig, ScorerOptions
 from fastd2o.training.sampling import INSTRUCTIONS, SamplingReport
 from tests.cli.tiny import tiny_model, tiny_tokenizer
 
@@ -192,6 +193,13 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
             options -= {field.name for field in dataclasses.fields(PreferenceConfig)}
             options = {name for name in options if not name.startswith("no_")}
         assert missing([f"--{name}" for name in options - {"help"}], "cli.md") == [], command
+
+
+def test_rounds() -> None:
+    options = {field.name for kind in (RoundsConfig, ScorerOptions) for field in dataclasses.fields(kind)}
+    assert options - set(table(TEXT["rounds.md"], "option")) == {"label"}
+    found = {field.name for kind in (Measures, Limits, ScorerOptions) for field in dataclasses.fields(kind)}
+    assert missing(found, "rounds.md") == []
 
 
 def test_sampling() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``fastd2o train | sample | plan | bench | demo | build | doctor``.
+"""The command line: ``fastd2o train | sample | rounds | plan | bench | demo | build | doctor``.
 
 Each command is a module of this package with
 
@@ -28,7 +28,7 @@ from typing import TextIO
 from fastd2o.cli.arguments import CommandParser, UsageError, did_you_mean, in_options, reject_unknown, with_config
 from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
 
-COMMANDS = ("train", "sample", "plan", "bench", "demo", "build", "doctor")
+COMMANDS = ("train", "sample", "rounds", "plan", "bench", "demo", "build", "doctor")
 
 _DESCRIPTION = "Train language models from what they should not say."
 _EPILOG = """\

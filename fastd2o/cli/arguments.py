@@ -161,7 +161,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_numbers_as_in_yaml_1_2(yaml.SafeLoader))
     except FileNotFoundError:
         raise UsageError(f"--config: there is no file {str(path)!r}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -175,3 +175,15 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
             f"--config: {str(path)!r} holds a {type(content).__name__}; write one 'option: value' per line"
         )
     return content
+
+
+def _numbers_as_in_yaml_1_2(loader: type[Any]) -> type[Any]:
+    """``loader``, but ``1e-6`` is a number: in YAML 1.1 it is text unless it has a point and a sign, ``1.0e-6``."""
+
+    class Loader(loader):  # type: ignore[misc]
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    return Loader

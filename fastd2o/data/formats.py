@@ -9,6 +9,7 @@ columns                                 group
 ``prompt, completion, label``           a positive where ``label`` is true, a negative where it is false
 ``anchors`` beside any negative         a list of completions sampled from a model: the positives of D2O
 ``anchor_cut`` beside ``anchors``       a list of booleans: true where a length limit cut the anchor
+``chosen_cut``, ``rejected_cut``, …     a boolean: true where a length limit cut the completion of that name
 ======================================  ==================================================================
 
 Each is *standard* (text) or *conversational* (lists of ``{"role", "content"}`` messages), the same style in the whole
@@ -28,7 +29,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from fastd2o.data.prefix import common_prefix_length
@@ -123,6 +124,25 @@ def parse_row(row: Row, *, positives: Positives = "auto", origin: Origin | None 
     return group
 
 
+def parse_prompt(row: Row, *, origin: Origin | None = None) -> Group:
+    """Interpret one row of which only the prompt counts: a ``prompt`` column is enough, answers are left out.
+
+    Args:
+        row: a row of :func:`fastd2o.data.load_rows`.
+        origin: how error messages refer to the dataset.
+
+    Raises:
+        DataError: there is no prompt, or it holds the wrong type. The message names the line and the fix.
+    """
+    where = (origin or Origin("dataset", "row")).at(row.line)
+    columns = {name: value for name, value in row.data.items() if value is not None}
+    if "prompt" in columns:
+        prompt = _content(columns["prompt"], f"{where}: prompt")
+    else:
+        prompt, *_ = _prompt_and_answers(columns, where)
+    return Group(row.line, prompt, None, (), False)
+
+
 def _prompt_and_answers(
     columns: Mapping[str, Any], where: str
 ) -> tuple[Content, Completion | None, tuple[Completion, ...]]:
@@ -153,6 +173,7 @@ def _completion(columns: Mapping[str, Any], name: str, where: str) -> Completion
         _content(columns[name], f"{where}: {name}"),
         _logp(columns, f"ref_{name}_logps", where),
         _logp(columns, f"harmful_ref_{name}_logps", where),
+        _switch(columns.get(f"{name}_cut", False), f"{where}: {name}_cut"),
     )
 
 
@@ -166,12 +187,14 @@ def _anchors(columns: Mapping[str, Any], where: str) -> tuple[Completion, ...]:
     ref_logps = _anchor_logps(columns, "ref_anchor_logps", len(contents), where)
     harmful_ref_logps = _anchor_logps(columns, "harmful_ref_anchor_logps", len(contents), where)
     cut = _per_anchor(columns, "anchor_cut", len(contents), "booleans", where) or [False] * len(contents)
-    for index, value in enumerate(cut):
-        if not isinstance(value, bool):
-            raise DataError(
-                f"{where}: anchor_cut[{index}] is {value!r}. Fix: true where a length limit cut the anchor, else false"
-            )
+    cut = [_switch(value, f"{where}: anchor_cut[{index}]") for index, value in enumerate(cut)]
     return tuple(map(Completion, contents, ref_logps, harmful_ref_logps, cut))
+
+
+def _switch(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise DataError(f"{what} is {value!r}. Fix: true where a length limit cut the completion, else false")
+    return value
 
 
 def _anchor_logps(columns: Mapping[str, Any], name: str, count: int, where: str) -> Sequence[float | None]:
@@ -254,7 +277,7 @@ def _split_implicit_prompt(
 
 
 def _drop_prefix(completion: Completion, length: int) -> Completion:
-    return Completion(completion.content[length:], completion.ref_logp, completion.harmful_ref_logp)
+    return replace(completion, content=completion.content[length:])
 
 
 def _check_completion(completion: Completion, prompt: Content, where: str) -> None:

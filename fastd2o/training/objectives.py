@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 ENTROPY = "entropy"
 """The metric that tells whether the statistics of tokens were measured."""
 
+SATURATED = ("d2o/saturated", "pairwise_cringe/saturated", "rewards/saturated")
+"""The metrics that say how large a share of the groups hardly teaches any more; the first that is logged counts."""
+
+_HARDLY = 0.01  # of its full gradient, where no option says otherwise
+
 
 Options = SimpleNamespace
 Loss = Callable[[Scores, Options], Outcome]
@@ -74,6 +79,11 @@ class Objective:
     negative_gradient: Callable[[Options], bool] = lambda options: True
     separable: bool = True
     reward: Callable[[Scores, Options], Tensor] | None = None
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a group can be so far apart that it hardly teaches any more, which one of :data:`SATURATED` tells."""
+        return self.needs is Needs.PAIR and (self.reward is not None or self.cringe)
 
 
 class Mixture:
@@ -202,6 +212,7 @@ def _rewards(scores: Scores, reward: Tensor) -> dict[str, Measure]:
         "rewards/rejected": _mean(rejected, has_negative),
         "rewards/accuracies": _group_mean((margins > 0).float(), pairs),
         "rewards/margins": _group_mean(margins, pairs),
+        "rewards/saturated": _group_mean((torch.sigmoid(-margins) < _HARDLY).float(), pairs),
     }
 
 
@@ -382,6 +393,7 @@ def _pairwise_cringe(scores: Scores, options: Options) -> Outcome:
         gate = losses.pairwise_cringe_gate(**gated)
     metrics = {
         "pairwise_cringe/gate": _group_mean(gate, scores.positive_mask),
+        "pairwise_cringe/saturated": _group_mean((gate < _HARDLY).float(), scores.positive_mask),
         "cringe/negative_loss": _mean(scores.tokens.cringe, _token_masks(scores)[0]),
     }
     return Outcome(_over_positives(pairs, scores.positive_mask).sum(), metrics)

@@ -37,9 +37,10 @@ from fastd2o.data.dataset import GroupBuilder
 from fastd2o.data.rows import Source
 from fastd2o.errors import DataError, FastD2OError, FastD2OWarning
 from fastd2o.training.checkpoints import ONLINE_ANCHORS
+from fastd2o.training.files import write_rows
+from fastd2o.training.generators import stop_ids
 from fastd2o.training.references import References
-from fastd2o.training.sampling import SampledRow, SamplingReport, draw_chunks, in_order, read_prompts, stop_ids
-from fastd2o.training.sampling_file import write_rows
+from fastd2o.training.sampling import SampledRow, SamplingReport, draw_chunks, in_order, read_prompts
 from fastd2o.training.scoring import Measure, hash64
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class OnlineAnchors:
         references: References,
         log: Callable[[dict[str, Measure]], None],
     ) -> None:
-        if not stop_ids(policy, tokenizer):
+        if not stop_ids(policy.generation_config, tokenizer):
             raise FastD2OError(
                 "neither the model nor its tokenizer has an end-of-sequence token, so no anchor that resample_every "
                 "draws would ever end. Fix: set tokenizer.eos_token, or model.generation_config.eos_token_id"

@@ -178,7 +178,7 @@ def test_name_that_is_nowhere(fastd2o, text_rows, tmp_path, monkeypatch):
 
 def test_another_run_is_not_gone_on_with(fastd2o, model_dir, text_rows, tmp_path):
     out = tmp_path / "out.jsonl"
-    (tmp_path / "out.jsonl.partial").write_text('{"fastd2o_sampling": 1, "seed": 7}\n')
+    (tmp_path / "out.jsonl.partial").write_text('{"fastd2o_sampling": 2, "seed": 7}\n')
     command = ("sample", "--model", model_dir, "--dataset", text_rows, "--out", out, *FAST)
     result = fastd2o(*command)
     assert result.code == 1

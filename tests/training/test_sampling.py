@@ -14,20 +14,18 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 import fastd2o
 from fastd2o.data import build_dataset
 from fastd2o.data.dataset import Needs
-from fastd2o.training import sampling_file
+from fastd2o.training import files
+from fastd2o.training.generators import _ChooseToken, _end_of_turn, decode
 from fastd2o.training.sampling import (
     INSTRUCTIONS,
     SamplingOptions,
     SamplingReport,
-    _ChooseToken,
-    _decode,
-    _end_of_turn,
     draw_chunks,
     read_prompts,
     rows_per_chunk,
     sample_anchors,
 )
-from fastd2o.training.sampling_file import sample_file
+from fastd2o.training.sampling_file import check_output, sample_file
 from tests.cli.tiny import CHAT_ROWS, TEXT_ROWS, message, read_jsonl, tiny_model, tiny_tokenizer, write_jsonl
 
 OPTIONS = SamplingOptions(num_anchors=3, max_new_tokens=8, batch_size=4)
@@ -236,7 +234,7 @@ def test_text_keeps_the_space_that_a_decoder_drops(model):
     prompts, _ = read_prompts([{"prompt": "cat", "rejected": " cat"}], model, tokenizer, SamplingOptions(1, "none", 8))
     completion = tokenizer("cat dog")["input_ids"][1:]
     assert tokenizer.decode(completion) == "dog"
-    assert _decode(tokenizer, prompts[0], completion, stops=[]).text == " dog"
+    assert decode(tokenizer, prompts[0], completion, stops=[]).text == " dog"
 
 
 # --- what is drawn anew -----------------------------------------------------------------------------------------------
@@ -405,7 +403,7 @@ class Killed(BaseException):
 
 def write_chunks(monkeypatch, most):
     """From now on a run dies when it would write more than ``most`` chunks. Returns the list of those written."""
-    append = sampling_file._PartialFile.append
+    append = files.PartialFile.append
     written: list[int] = []
 
     def count(self, rows):
@@ -414,7 +412,7 @@ def write_chunks(monkeypatch, most):
         append(self, rows)
         written.append(len(rows))
 
-    monkeypatch.setattr(sampling_file._PartialFile, "append", count)
+    monkeypatch.setattr(files.PartialFile, "append", count)
     return written
 
 
@@ -589,9 +587,9 @@ def test_a_place_that_cannot_be_written_is_found_before_anything_is_drawn(tokeni
 
 
 def test_checking_the_place_leaves_nothing(tmp_path):
-    sampling_file.check_output(tmp_path / "a" / "b" / "out.jsonl", [], overwrite=False)
+    check_output(tmp_path / "a" / "b" / "out.jsonl", [], overwrite=False)
     partial = tmp_path / "out.jsonl.partial"
     partial.write_bytes(b"begun")
-    sampling_file.check_output(tmp_path / "out.jsonl", [], overwrite=False)
+    check_output(tmp_path / "out.jsonl", [], overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == [partial.name]
     assert partial.read_bytes() == b"begun"

@@ -1,0 +1,142 @@
+"""A run of rounds that is killed, and goes on to the same bits on the CPU."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastd2o.training.rounds import RoundsConfig, run_rounds
+from tests.cli.conftest import start
+from tests.cli.tiny import TEXT_ROWS, save_tiny_model, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("killed")
+    rows = [{**row, "prompt": f"{row['prompt']} {copy}"} for copy in range(4) for row in TEXT_ROWS]
+    return {
+        "model": str(save_tiny_model(folder / "model")),
+        "dataset": str(write_jsonl(folder / "prompts.jsonl", rows)),
+        "rounds": 2,
+        "num_samples": 2,
+        "builder": "pairs",
+        "scorer": {"patterns": ["a", "e", "o"]},
+        "optimizer": "keep",
+        "sampling": {"max_new_tokens": 12, "batch_size": 4},
+        "train": {
+            "objective": ["dpo", "pairwise_cringe"],
+            "use_cpu": True,
+            "max_steps": 7,  # no whole number of epochs
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 3,
+            "save_steps": 2,
+            "save_total_limit": 2,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run_rounds(RoundsConfig(**settings, output_dir=str(out)))
+    return out
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every file of the run whose content must not depend on when, where or how often it was run."""
+    endings = (".jsonl", "model.safetensors", "optimizer.safetensors", "measures.json", "build.json", "report.html")
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.name.endswith(endings)}
+
+
+def kill_when(settings: dict[str, Any], out: Path, moment: Callable[[], bool]) -> None:
+    """Start the command, and kill it with SIGKILL as soon as ``moment`` has come."""
+    config = out.with_suffix(".json")  # which is YAML too
+    config.write_text(json.dumps({**settings, "output_dir": str(out)}), encoding="utf-8")
+    process = start("rounds", "--config", config)
+    while not moment():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_in_sampling_and_in_training(settings, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    partial = out / "round-1" / "samples.jsonl.partial"
+    kill_when(settings, out, partial.exists)
+    kept = partial.read_bytes().splitlines(keepends=True)[1:]
+    assert 0 < len(kept) < 24
+    assert not (out / "round-1" / "samples.jsonl").exists()
+
+    kill_when(settings, out, (out / "round-1" / "train" / "checkpoint-2").exists)
+    samples = (out / "round-1" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    finished = {json.loads(line)["line"]: json.loads(line) for line in samples}
+    for line in kept:  # neither lost nor drawn anew
+        record = json.loads(line)
+        assert finished[record["line"]]["ids"] == record["ids"]
+    assert not (out / "round-1" / "training.json").exists()
+
+    run_rounds(RoundsConfig(**settings, output_dir=str(out)))
+    assert results(out) == results(undisturbed)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("PartialFile.remove", 0),  # samples.jsonl is there, and the partial file too
+        ("PartialFile.append", 5),  # in the middle of scoring or sampling
+        ("publish_folder", 3),  # before the checkpoint of the last step
+        ("publish_files", 0),  # training is over, the model is not saved
+        ("write_json", 2),  # the model is saved, its log is not
+    ],
+)
+def test_killed_between_two_files(settings, undisturbed, tmp_path, monkeypatch, where, call):
+    """In process, right before something is written, in a run of one round."""
+    from fastd2o.training import files, trainer
+    from fastd2o.training.rounds import driver
+
+    places: dict[str, list[tuple[Any, str]]] = {
+        "PartialFile.append": [(files.PartialFile, "append")],
+        "PartialFile.remove": [(files.PartialFile, "remove")],
+        "write_json": [(driver, "write_json")],
+        "publish_folder": [(trainer, "publish_folder")],
+        "publish_files": [(trainer, "publish_files")],
+    }
+    calls = 0
+
+    def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                raise Killed
+            return original(*arguments, **options)
+
+        return count
+
+    config = RoundsConfig(**{**settings, "rounds": 1}, output_dir=str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        for owner, name in places[where]:
+            patch.setattr(owner, name, deadly(getattr(owner, name)))
+        with pytest.raises(Killed):
+            run_rounds(config)
+    run_rounds(config)
+    found, expected = results(tmp_path / "out"), results(undisturbed)
+    expected["round-1/optimizer.safetensors"] = found["round-1/optimizer.safetensors"]  # the longer run let it go
+    assert found.pop("report.html") != expected.pop("report.html")  # of one round, not of two
+    assert found == {name: content for name, content in expected.items() if name in found}
+    assert {"round-1/model/model.safetensors", "round-2/measures.json"} <= found.keys()
