@@ -213,7 +213,7 @@ def run_seed(seed: int, out: Path) -> None:
     """Run what is missing of a seed, and note each method as soon as it is judged."""
     path = out / f"seed-{seed}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    wanted = ["start", *(f"{objective} {way}" for objective in METHODS for way in ("once", "iterated"))]
+    wanted = [name for name, _ in _titles()]
     if all(name in found for name in wanted):
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -229,23 +229,24 @@ def run_seed(seed: int, out: Path) -> None:
 
 
 def read(out: Path) -> list[dict[str, dict[str, float]]]:
-    """Every seed's figures by method."""
-    files = sorted(out.glob("seed-*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    """Every complete seed's figures by method."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("seed-*.json"))]
+    return [figures for figures in found if all(name in figures for name, _ in _titles())]
 
 
 def table(seeds: Sequence[dict[str, dict[str, float]]]) -> str:
     """Mean ± sample standard deviation over the seeds, as Markdown."""
+    spread = f"mean ± spread of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     lines = [
-        f"| {len(seeds)} seeds | " + " | ".join(title for _, title, _ in _COLUMNS) + " |",
+        " | ".join([f"| {spread}", *(title for _, title, _ in _COLUMNS)]) + " |",
         "|---" * (len(_COLUMNS) + 1) + "|",
     ]
     for name, title in _titles():
         cells = []
         for column, _, style in _COLUMNS:
             values = [seed[name][column] for seed in seeds]
-            spread = f" ± {style(statistics.stdev(values))}" if len(values) > 1 else ""
-            cells.append(style(statistics.mean(values)) + spread)
+            deviation = f" ± {style(statistics.stdev(values))}" if len(values) > 1 else ""
+            cells.append(style(statistics.mean(values)) + deviation)
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
