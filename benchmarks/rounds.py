@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
-from .results import FOLDER
 from fastd2o import PreferenceConfig, PreferenceTrainer
 from fastd2o.cli.demo import Settings
 from fastd2o.cli.demo_align import BETA, GROUPS_PER_STEP
@@ -38,6 +37,8 @@ from fastd2o.cli.demo_world import INSTRUCTION, load_world
 from fastd2o.cli.libraries import quiet_libraries
 from fastd2o.training.rounds import RoundsConfig, run_rounds
 from fastd2o.training.sampling import sample_anchors
+
+from .results import FOLDER
 
 STEPS, ROUNDS = 80, 2
 SAMPLES = 4  # completions of each prompt in a round

@@ -180,7 +180,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
 def _numbers_as_in_yaml_1_2(loader: type[Any]) -> type[Any]:
     """``loader``, but ``1e-6`` is a number: in YAML 1.1 it is text unless it has a point and a sign, ``1.0e-6``."""
 
-    class Loader(loader):  # type: ignore[misc]
+    class Loader(loader):
         pass
 
     Loader.add_implicit_resolver(
