@@ -84,6 +84,8 @@ def grid(case: str) -> str:
     contests = sorted(
         report.of(case), key=lambda contest: [contest.shape[name] for name in ("dtype", "vocab", "tokens")]
     )
+    if not contests:
+        return "Not held on this machine yet.\n"
     names = list(dict.fromkeys(row.contestant for contest in contests for row in contest.rows))
     return _table(
         ["dtype", "V", "T", *map(_short, names)],
@@ -174,7 +176,8 @@ def exponents() -> str:
                 for contests, axis in ((over_tokens, "tokens"), (over_vocab, "vocab"))
             ]
             cells = [f"{exponent(sizes, values):.2f}" if len(sizes) > 2 else "" for sizes, values in found]
-            rows.append([CASES[case].title, title(name), *cells])
+            if any(cells):
+                rows.append([CASES[case].title, title(name), *cells])
     return _table(["", "", "tokens", "vocabulary"], rows)
 
 
