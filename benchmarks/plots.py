@@ -42,6 +42,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "fastd2o"  # the same figures, the same file
+    mpl.rcParams["axes.titlesize"] = 9
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
         "time-over-tokens": _growth(report, "tokens", "time"),
@@ -111,7 +112,8 @@ def _growth(report: Report, axis: Literal["tokens", "vocab"], quantity: Literal[
         for name in _contestants(contests):
             sizes, values = points(contests, name, axis, quantity)
             if len(sizes) > 1:
-                label = f"{name}: {exponent(sizes, values):.2f}" if quantity == "time" else name
+                told = quantity == "time" and len(sizes) > 2  # two points always lie on a power
+                label = f"{name}: {exponent(sizes, values):.2f}" if told else name
                 panel.plot(sizes, values, marker="o", markersize=3, label=label, **_style(name))
         panel.set(xscale="log", yscale="log", xlabel=_GROWING[axis], title=_of(contests[0], axis))
         panel.set_ylabel("seconds" if quantity == "time" else "MB beyond inputs and gradients")
@@ -119,7 +121,7 @@ def _growth(report: Report, axis: Literal["tokens", "vocab"], quantity: Literal[
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30, fontsize=7)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=6.5, title="exponent" if quantity == "time" else None, title_fontsize=6.5)
+        _legend(panel, "exponent" if quantity == "time" else None)
     return figure
 
 
@@ -140,7 +142,7 @@ def _error_against_speed(report: Report) -> Figure | None:
         panel.set(xscale="log", yscale="log", xlabel="time over the matrix products alone", title=_of(contest))
         panel.set_ylabel("largest relative error against float64")
         panel.grid(alpha=0.3, which="both")
-        panel.legend(fontsize=6.5)
+        _legend(panel)
     return figure
 
 
@@ -193,6 +195,12 @@ def _of(contest: Contest, growing: str | None = None) -> str:
     return f"{CASES[contest.case].title}\n{numbers}, {shape['dtype']}"
 
 
+def _legend(panel: Axes, title: str | None = None) -> None:
+    """Under the panel, where it hides nothing."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.28), "ncol": 2, "frameon": False}
+    panel.legend(fontsize=6.5, title=title, title_fontsize=6.5, **place)
+
+
 def _panels(number: int) -> tuple[Figure, list[Axes]]:
     from matplotlib import pyplot as plt
 
@@ -202,6 +210,4 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     panels = list(grid.flat)
     for panel in panels[number:]:
         panel.set_axis_off()
-    for panel in panels:
-        panel.title.set_fontsize(9)
     return figure, panels[:number]
