@@ -275,9 +275,10 @@ class _Turns:
 
 
 def _copies(inputs: Inputs) -> int:
-    """So many that none is in the cache any more when it has its next turn."""
+    """So many that none is in the cache any more when it has its next turn; of the smallest, which no machine would
+    let go of, no more than 32."""
     size, cache = inputs.hidden.nbytes + inputs.weight.nbytes, cache_bytes(inputs.hidden.device.type)
-    return 1 if size > cache else 2 + cache // size
+    return 1 if size > cache else min(32, 2 + cache // size)
 
 
 def _plan(inputs: Inputs) -> Plan:
