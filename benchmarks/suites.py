@@ -51,13 +51,12 @@ _SMALL, _LARGE = 32000, 128256
 
 SUITES: dict[str, dict[str, Suite]] = {
     "cpu": {
-        "quick": Suite(  # small shapes: at most two minutes on two cores
+        "quick": Suite(  # small shapes: a few minutes on two cores
             [
-                *_all(OF_TOKENS, [512], [256], [_SMALL], _DTYPES),
-                *_all(_LOSSES, [512], [256], [_SMALL], ["bfloat16"]),
+                *_all((*OF_TOKENS, *_LOSSES), [512], [256], [_SMALL], ["bfloat16"]),
             ],
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
-            Patience(rounds=5, most_rounds=15, seconds=0.4, turn=20),
+            Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
         ),
         "default": Suite(  # a large vocabulary in bfloat16, and training steps: about ten minutes on two cores
             _all((*OF_TOKENS, *_LOSSES), [1024], [512], [_LARGE], ["bfloat16"]),

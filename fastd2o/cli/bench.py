@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     suite = parser.add_argument_group("suite; default: a large vocabulary in bfloat16, ten minutes on two cores")
     suite = suite.add_mutually_exclusive_group()
     for name, about in (
-        ("quick", "small shapes: at most two minutes on two cores"),
+        ("quick", "small shapes: a few minutes on two cores"),
         ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: an hour and more"),
         ("targets", "the shapes that this project has targets for: an hour and more"),
     ):
