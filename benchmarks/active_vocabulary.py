@@ -37,8 +37,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 import fastd2o
 from fastd2o.losses import Groups, d2o_loss
 
-from .contest import Patience
 from .instruments import timed
+from .race import Patience
 from .results import FOLDER, machine, median_ratio
 
 TOLERANCES = (0.0, 1e-1, 1e-2, 1e-3, 1e-4)

@@ -2,10 +2,8 @@
 
 1. A trial (:mod:`benchmarks.trial`) in a process of its own: errors against float64, and memory. A contestant that
    crashes there, or is killed for its memory, takes nobody along, and no profiler is ever near the clock.
-2. A warm-up of all, which compiles and tunes.
-3. Rounds, in which all take turns (A B C A B C ...), so that a machine whose clock drifts slows all of them: what
-   counts are ratios within a round. Where the inputs would stay in a cache from one run to the next, copies of them
-   take turns as well.
+2. A race (:mod:`benchmarks.race`) with the bare products. Where the inputs would stay in a cache from one run to the
+   next, copies of them take turns as well.
 """
 
 from __future__ import annotations
@@ -24,38 +22,14 @@ from fastd2o.ops import Plan
 
 from .cases import POSITIVES, SEQUENCES, Case, Shape
 from .contestants import Contestant, eager_logprob
-from .instruments import Lap, Mark, Run, cache_bytes, lap
+from .instruments import Mark, Run, cache_bytes
 from .products import Products
+from .race import Patience, race
 from .results import FLOOR, Contest, Row
 
 CHECKED_TOKENS = 256
 # An error beyond this, relative, is no rounding: something else was computed.
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to measure.
-
-    Attributes:
-        rounds: at least so many.
-        most_rounds: and not more.
-        seconds: short rounds are repeated until the bare products have taken so long.
-        each: seconds; a contestant that has taken so long altogether sits out the rounds beyond ``rounds``.
-        turn: seconds; a peer that takes longer runs once after its warm-up, and in no round.
-        most_seconds: a contestant that would take longer for one run is left out.
-    """
-
-    rounds: int = 5
-    most_rounds: int = 25
-    seconds: float = 3.0
-    each: float = 20.0
-    turn: float = 60.0
-    most_seconds: float = 600.0
-
-    def rounds_of(self, floor_seconds: float) -> int:
-        """``rounds``, or more where a round is short and its noise large."""
-        return max(self.rounds, min(self.most_rounds, int(self.seconds / floor_seconds)))
 
 
 @dataclass(frozen=True)
@@ -213,44 +187,12 @@ def hold(setup: Setup) -> Contest:
                 raise TimeoutError(f"left out: a run would take about {trial.seconds:.0f} s")
             row.extra_megabytes = (trial.peak - inputs.gradient_bytes) / 1e6
 
+    rows.insert(0, Row(FLOOR))
     turns = _Turns(inputs, products)
-    laps: dict[str, list[Lap]] = {FLOOR: []}
-    runs: dict[str, Run] = {FLOOR: turns.products}
-    for number, (contestant, row) in enumerate(zip(setup.contestants, rows, strict=True)):
-        setup.progress((1 + number / len(rows)) / 3)
-        if row.error is None:
-            with row.catching():
-                run: Run = functools.partial(turns.run, contestant)
-                once = lap(run, setup.device)
-                if once.both > setup.patience.turn and contestant.backend != setup.device:
-                    once = lap(run, setup.device)  # without what the first had to compile
-                if once.both > setup.patience.turn and contestant.backend != setup.device:
-                    laps[row.contestant] = [once]
-                else:
-                    laps[row.contestant], runs[row.contestant] = [], run
-
-    rounds = setup.patience.rounds_of(lap(turns.products, setup.device).both)
-    by_name = {row.contestant: row for row in rows}
-    for number in range(rounds):
-        setup.progress((2 + number / rounds) / 3)
-        for name, run in list(runs.items()):
-            if number >= setup.patience.rounds and sum(one.both for one in laps[name]) > setup.patience.each:
-                continue
-            if name == FLOOR:
-                laps[name].append(lap(run, setup.device))
-                continue
-            with by_name[name].catching():
-                laps[name].append(lap(run, setup.device))
-            if by_name[name].error is not None:
-                del runs[name], laps[name]
-
-    floor = Row(FLOOR)
-    ours = next((row.contestant for row in rows if row.backend == setup.device and row.contestant in laps), None)
-    for row in (floor, *rows):
-        if row.contestant in laps:
-            row.record(laps[row.contestant], laps[FLOOR], laps[ours] if ours else [])
-    setup.progress(1.0)
-    return Contest(setup.case.name, setup.shape.fields, str(products), products.flops, [floor, *rows])
+    runs: dict[str, Run] = {one.name: functools.partial(turns.run, one) for one in setup.contestants}
+    runs[FLOOR] = turns.products
+    race(rows, runs, setup.patience, setup.device, lambda share: setup.progress((1 + 2 * share) / 3))
+    return Contest(setup.case.name, setup.shape.fields, str(products), products.flops, rows)
 
 
 class _Turns:

@@ -18,11 +18,15 @@ from torch import Tensor
 import fastd2o
 from fastd2o.ops.backends import supported
 
-from .cases import BETA, CRINGE_K, POSITIVES, Operator
+from .cases import BETA, CRINGE_K, POSITIVES, Case
 
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
 Cringe = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Preference = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# The memory_budget of FastD2O's second entry, in bytes.
+_KEPT = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Contestant:
             The last of the sequences are the negatives, one for each group; sequence s belongs to group s modulo their
             number.
         backend: of FastD2O; None for a peer.
+        keeps: whether it takes more memory to save operations, which only a trained head's log-probabilities have to
+            save.
     """
 
     name: str
@@ -43,12 +49,13 @@ class Contestant:
     cringe: Cringe | None = None
     preference: Mapping[str, Preference] = field(default_factory=dict)
     backend: str | None = None
+    keeps: bool = False
 
-    def knows(self, operator: Operator) -> bool:
+    def knows(self, case: Case) -> bool:
         """Whether it can take part."""
-        if operator == "logprob":
-            return True
-        return self.cringe is not None if operator == "cringe" else operator in self.preference
+        if case.operator == "logprob":
+            return "weight" in case.leaves or not self.keeps
+        return self.cringe is not None if case.operator == "cringe" else case.operator in self.preference
 
 
 def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, str]]:
@@ -62,6 +69,8 @@ def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, s
         reason = reasons[backend] or supported(backend, device, dtype)
         if reason is None:
             present.append(_fastd2o(name, backend))
+            if backend == device:
+                present.append(_fastd2o_keeping(f"{name}, {_KEPT / 1e9:g} GB", backend))
         elif not of_another_device:
             absent[name] = reason
     for name, make in _PEERS.items():
@@ -119,6 +128,13 @@ def _fastd2o(name: str, backend: str) -> Contestant:
         ).loss
 
     return Contestant(name, logprob, cringe, {name: partial(preference, name) for name in POSITIVES}, backend)
+
+
+def _fastd2o_keeping(name: str, backend: str) -> Contestant:
+    def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return fastd2o.linear_logprob(hidden, weight, target, backend=backend, memory_budget=_KEPT)
+
+    return Contestant(name, logprob, backend=backend, keeps=True)
 
 
 def preferences(logprob: Logprob) -> dict[str, Preference]:

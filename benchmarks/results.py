@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -90,7 +91,7 @@ class Row:
             WrongError: one is beyond the bound, or no number.
         """
         self.errors = {name: error for name, error in errors.items() if math.isfinite(error)}
-        if not all(error <= bound for error in errors.values()):
+        if not within(errors, bound):
             raise WrongError(f"beyond {bound:g} of float64")
 
     def record(self, laps: Sequence[Lap], floor: Sequence[Lap], ours: Sequence[Lap]) -> None:
@@ -119,7 +120,7 @@ class Contest:
         case: of :data:`benchmarks.cases.CASES`, or a training step of :data:`benchmarks.steps.STEPS`.
         shape: its numbers by name.
         floor: what the bare products were; of a training step, which has none, nothing.
-        flops: of the bare products.
+        flops: of the bare products; of a training step, all of an eager one's.
         rows: the figures.
         date: of the measurement, ISO.
         commit: of the code that was measured, where it is known.
@@ -218,6 +219,11 @@ def write_aside(path: Path, text: str) -> Path:
     return path
 
 
+def within(errors: dict[str, float], bound: float) -> bool:
+    """Whether all errors are; what is no number is beyond every bound."""
+    return all(error <= bound for error in errors.values())
+
+
 def in_one_line(error: BaseException) -> str:
     """Its type and message. One that came from another process has its type in its message."""
     message = " ".join(str(error).split())
@@ -302,6 +308,7 @@ def cpu_name() -> str:
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+@functools.cache
 def commit() -> str | None:
     """Of the checkout that this file lies in, with a plus sign where it has changes; None where it is installed."""
     root = Path(__file__).parents[1]
@@ -333,11 +340,12 @@ class Verdict:
 
 def verdicts(contest: Contest, row: Row, kind: str) -> list[Verdict]:
     """The targets that a row has to meet: those of FastD2O's own kernels for the device, and by how much a peer has to
-    be slower. The torch backend, the reference, is held to none; nor is anybody at a shape that has no targets."""
+    be slower. The torch backend, the reference, is held to none; nor is what keeps more for the sake of time, nor
+    anybody at a shape that has no targets."""
     target = CASES[contest.case].targets.get(kind) if contest.case in CASES else None
     if target is None or Shape(**contest.shape) not in TARGET_SHAPES[kind]:
         return []
-    if row.backend == kind:
+    if row.contestant == f"fastd2o {kind}":
         if row.over_products is None:
             return [Verdict("time", f"≤ {target.over_products:.2f}", False)]
         found = [Verdict("time", f"≤ {target.over_products:.2f}", row.over_products <= target.over_products)]

@@ -81,7 +81,7 @@ class Session:
         """Who may take part in a contest, the floor included where it has one."""
         if isinstance(entry.shape, StepShape):
             return [name for name in steps.CONTESTANTS if name == steps.OURS or self._is_there(name)]
-        operator = CASES[entry.name].operator
+        case = CASES[entry.name]
         most = self.suite.peer_tokens
         ours_alone = most is not None and entry.shape.tokens > most
         return [
@@ -89,7 +89,7 @@ class Session:
             *(
                 contestant.name
                 for contestant in self._load(entry.shape.dtype)
-                if contestant.knows(operator) and not (ours_alone and contestant.backend != self.device)
+                if contestant.knows(case) and not (ours_alone and contestant.backend != self.device)
             ),
         ]
 
@@ -113,7 +113,7 @@ class Session:
         return found
 
     def close(self) -> None:
-        """End the process that weighs."""
+        """End the process in which contestants are tried."""
         self.scale.close()
 
     def _hold(self, entry: Entry) -> Contest:

@@ -11,7 +11,6 @@ float64.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,13 +28,13 @@ from fastd2o.ops import Plan
 from fastd2o.ops.grouped import Grouped, Layout
 
 from .contestants import Logprob, eager_logprob
-from .instruments import Lap, Mark, lap, peak
+from .instruments import Mark, Run, peak
+from .race import Patience, race
 from .results import Contest, Row
 
 if TYPE_CHECKING:
     from fastd2o import PreferenceTrainer
 
-    from .contest import Patience
     from .scale import Scale
 
 OURS = "fastd2o"
@@ -103,37 +102,21 @@ def measure(
 ) -> Contest:
     """The contestants, taking turns; each has a trainer of its own, of the same weights."""
     rows = [Row(contestant, device if contestant == OURS else None) for contestant in contestants]
-    turns = len(rows)
     for number, row in enumerate(rows):
         with row.catching():
             row.extra_megabytes = scale(weigh, name, shape, device, row.contestant) / 1e6
             if shape.budget:
                 row.longest = scale(longest, name, shape, device, row.contestant)
-        progress((number + 1) / turns / 2)
+        progress((number + 1) / len(rows) / 2)
     with tempfile.TemporaryDirectory() as folder:
         with FlopCounterMode(display=False) as counter:
             exact = Training(name, shape, device, "eager", folder, torch.float64).gradient()
-        steps: dict[str, Training] = {}
-        laps: dict[str, list[Lap]] = {}
-        warm_up = []
+        steps: dict[str, Run] = {}
         for row in (row for row in rows if row.error is None):
             with row.catching():
-                step = Training(name, shape, device, row.contestant, folder)
+                steps[row.contestant] = step = Training(name, shape, device, row.contestant, folder)
                 row.check({"gradient": float(step.gradient().sub_(exact).norm() / exact.norm())}, WRONG)
-                warm_up.append(lap(step, device).both)
-                steps[row.contestant], laps[row.contestant] = step, []
-        rounds = patience.rounds_of(statistics.median(warm_up)) if steps else 0
-        for number in range(rounds):
-            progress(0.5 + number / rounds / 2)
-            for contestant, step in list(steps.items()):
-                row = next(row for row in rows if row.contestant == contestant)
-                with row.catching():
-                    laps[contestant].append(lap(step, device))
-                if row.error is not None:
-                    del steps[contestant], laps[contestant]
-    for row in rows:
-        if row.contestant in laps:
-            row.record(laps[row.contestant], [], laps.get(OURS, []))
+        race(rows, steps, patience, device, lambda share: progress((1 + share) / 2))
     return Contest(name, shape.fields, "", counter.get_total_flops(), rows)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .cases import CASES, OF_TOKENS, POSITIVES, TARGET_SHAPES, Shape
-from .contest import Patience
+from .race import Patience
 from .steps import STEPS, StepShape
 
 _LOSSES = tuple(POSITIVES)
-_WITH_GRADIENTS = ("forward", "frozen", "trained")
+_LOGPROB = ("forward", "frozen", "trained")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ _SMALL, _LARGE = 32000, 128256
 SUITES: dict[str, dict[str, Suite]] = {
     "cpu": {
         "quick": Suite(  # small shapes: a few minutes on two cores
-            [
-                *_all((*OF_TOKENS, *_LOSSES), [512], [256], [_SMALL], ["bfloat16"]),
-            ],
+            _all((*OF_TOKENS, *_LOSSES), [512], [256], [_SMALL], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
         ),
@@ -97,9 +95,9 @@ SUITES: dict[str, dict[str, Suite]] = {
         ),
         "full": Suite(  # 1024 to 32768 tokens, vocabularies from 32000 to 256000, two dtypes, all peers
             [
-                *_all(_WITH_GRADIENTS, [1024, 4096, 16384, 32768], [4096], [_SMALL, _LARGE], ["bfloat16", "float16"]),
+                *_all(_LOGPROB, [1024, 4096, 16384, 32768], [4096], [_SMALL, _LARGE], ["bfloat16", "float16"]),
                 *_all(("cringe", *_LOSSES), [8192], [4096], [_SMALL, _LARGE], ["bfloat16"]),
-                *_all(_WITH_GRADIENTS, [8192], [4096], [16000, 64000, 256000], ["bfloat16"]),
+                *_all(_LOGPROB, [8192], [4096], [16000, 64000, 256000], ["bfloat16"]),
             ],
             [
                 (name, StepShape(completion=512, hidden=2048, layers=4, vocab=vocab, budget=4e9))

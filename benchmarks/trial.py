@@ -12,6 +12,7 @@ from .cases import CASES, CRINGE_K, Shape
 from .contest import WRONG, Inputs, Trial
 from .contestants import Contestant, eager_logprob, load, preferences
 from .instruments import lap, peak
+from .results import within
 
 # At full size the last tokens are compared as well: an index that has overflowed is wrong there.
 _LAST_TOKENS = 64
@@ -36,9 +37,7 @@ class Judge:
         errors = self.oracle.errors(contestant)
         seconds = lap(functools.partial(self.few.run, contestant), device).both
         seconds *= len(inputs.target) / len(self.few.target)
-        # What is no number is beyond bounds, too.
-        right = all(error <= WRONG[inputs.hidden.dtype] for error in errors.values())
-        if not right or seconds > most_seconds:
+        if not within(errors, WRONG[inputs.hidden.dtype]) or seconds > most_seconds:
             return Trial(errors, seconds)
         # What was compiled for few tokens need not be what one compiles for many.
         torch.compiler.reset()
