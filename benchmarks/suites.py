@@ -61,7 +61,7 @@ SUITES: dict[str, dict[str, Suite]] = {
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
             Patience(),
         ),
-        "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: about an hour on two cores
+        "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: hours on two cores
             [
                 *_all(("frozen", "trained"), [256, 1024], [256], [_SMALL, _LARGE], _DTYPES),
                 *_all(_LOSSES, [1024], [256], [_SMALL, _LARGE], _DTYPES),
@@ -72,7 +72,7 @@ SUITES: dict[str, dict[str, Suite]] = {
                 *_all(("frozen", "trained"), [16384], [256], [_LARGE], _DTYPES),
             ],
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
-            Patience(rounds=4, most_rounds=9, seconds=1, each=5, turn=8, most_seconds=45),
+            Patience(rounds=3, most_rounds=9, seconds=1, each=5, turn=8, most_seconds=60),
         ),
         "targets": Suite(  # the shapes that this project has targets for: an hour and more
             [(case, shape) for shape in TARGET_SHAPES["cpu"] for case in OF_TOKENS],
