@@ -7,7 +7,7 @@ installed, or does not run here, says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -58,8 +58,11 @@ class Contestant:
         return self.cringe is not None if case.operator == "cringe" else case.operator in self.preference
 
 
-def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants that work here, and for each of the others why it does not."""
+def load(
+    device: str, dtype: torch.dtype, peers: Collection[str] | None = None
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants that work here, and for each of the others why it does not; of peers only these, or None for
+    all."""
     present: list[Contestant] = []
     absent: dict[str, str] = {}
     reasons = fastd2o.backends()
@@ -76,6 +79,9 @@ def load(device: str, dtype: torch.dtype) -> tuple[list[Contestant], dict[str, s
     for name, make in _PEERS.items():
         if make is _eager_float32 and dtype == torch.float32:
             continue  # the same as eager
+        if peers is not None and name not in peers:
+            absent[name] = "not asked for"
+            continue
         if name in _CUDA_PEERS and device != "cuda":
             absent[name] = f"its kernels run on cuda, not on {device}"
             continue

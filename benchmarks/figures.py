@@ -1,4 +1,4 @@
-"""Writes the figures of the README and docs/benchmarks.md from what is recorded: ``python -m benchmarks.figures``.
+"""Writes the figures of the README and of docs/ from what is recorded: ``python -m benchmarks.figures``.
 
 What lies between ``<!-- figures:NAME -->`` and ``<!-- end of figures -->`` is written anew, and the pictures in
 docs/images/ are drawn anew, so that neither can say something else than what was recorded.
@@ -19,7 +19,7 @@ from .steps import OURS, STEPS
 from .tables import heading, title, where
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "rounds.md")
 PICTURES = ROOT / "docs" / "images" / "benchmarks"
 TARGETS, FULL, PREFERENCE = (FOLDER / f"cpu-{name}.json" for name in ("targets", "full", "preference"))
 
@@ -210,6 +210,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "aims": aims,
     "exponents": exponents,
     "slower": slower,
+    "rounds": lambda: (FOLDER / "rounds" / "table.md").read_text(encoding="utf-8"),
     "machine": lambda: where(Report.read(FULL)) + "\n",
 }
 

@@ -152,14 +152,9 @@ class Session:
 
     def _load(self, dtype: str) -> list[Contestant]:
         if dtype not in self._loaded:
-            present, absent = load(self.device, getattr(torch, dtype))
-            left_out = [one.name for one in present if one.backend is None and not self._wanted(one.name)]
-            self.report.absent |= absent | dict.fromkeys(left_out, "not asked for")
-            self._loaded[dtype] = [one for one in present if one.name not in left_out]
+            self._loaded[dtype], absent = load(self.device, getattr(torch, dtype), self.peers)
+            self.report.absent |= absent
         return self._loaded[dtype]
-
-    def _wanted(self, peer: str) -> bool:
-        return self.peers is None or peer in self.peers
 
     def _is_there(self, peer: str) -> bool:
         return any(one.name == peer for one in self._load("bfloat16"))

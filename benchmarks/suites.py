@@ -52,7 +52,7 @@ _SMALL, _LARGE = 32000, 128256
 SUITES: dict[str, dict[str, Suite]] = {
     "cpu": {
         "quick": Suite(  # small shapes: a few minutes on two cores
-            _all((*OF_TOKENS, *_LOSSES), [512], [256], [_SMALL], ["bfloat16"]),
+            _all((*OF_TOKENS, *_LOSSES), [256], [256], [_SMALL], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
         ),

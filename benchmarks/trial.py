@@ -20,8 +20,7 @@ _LAST_TOKENS = 64
 
 def of_contestant(case: str, shape: Shape, device: str, contestant: str, most_seconds: float) -> Trial:
     """Of a contestant of :func:`benchmarks.contestants.load`."""
-    chosen = next(one for one in _contestants(device, shape.dtype) if one.name == contestant)
-    return _judge(case, shape, device)(chosen, most_seconds)
+    return _judge(case, shape, device)(_chosen(device, shape.dtype, contestant), most_seconds)
 
 
 class Judge:
@@ -59,8 +58,9 @@ def _judge(case: str, shape: Shape, device: str) -> Judge:
 
 
 @functools.lru_cache
-def _contestants(device: str, dtype: str) -> list[Contestant]:
-    return load(device, getattr(torch, dtype))[0]
+def _chosen(device: str, dtype: str, contestant: str) -> Contestant:
+    present, _ = load(device, getattr(torch, dtype), [contestant])
+    return next(one for one in present if one.name == contestant)
 
 
 class Oracle:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastd2o.cli.demo_measure import Answers, HeadMemory, Scores
+from fastd2o.training.style import BLUE, GREEN, GRID, ORANGE, STYLE
 
 _TITLES = {"start": "before", "d2o": "D2O", "dpo": "DPO", "npo": "NPO", "gradient_ascent": "gradient ascent"}
 _RATES = ("bad_rate", "helpful_rate", "distinct_2", "distinct_2_overall")
@@ -131,33 +132,16 @@ def write_metrics(
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-# --- the picture, in colours that stay apart for the colour-blind (Okabe and Ito; Tol) --------------------------------
+# --- the picture, with more colours (Tol) -----------------------------------------------------------------------------
 
-_INK, _FAINT, _GRID = "#333333", "#8a8a8a", "#e8e8e8"
-_LINES = {"d2o": "#0072B2", "dpo": "#009E73", "npo": "#E69F00", "gradient_ascent": "#D55E00"}
+_LINES = {"d2o": BLUE, "dpo": GREEN, "npo": "#E69F00", "gradient_ascent": ORANGE}
 _BAD, _HELPFUL, _OTHER = "#882255", "#44AA99", "#DDDDDD"
-_FULL, _FUSED = "#BBBBBB", "#0072B2"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
+_FULL, _FUSED = "#BBBBBB", BLUE
 
 
 def draw_report(path: Path, outcomes: Sequence[Outcome], memories: Sequence[HeadMemory]) -> None:
     """Draw four panels: what the answers are like, the memory of the head, and both scores along the training."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context({**STYLE, "axes.titlesize": 13, "axes.titlepad": 12}):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.06, hspace=0.06)
         figure = Figure(figsize=(12.5, 8.8), layout=layout)
         FigureCanvasAgg(figure)
@@ -246,7 +230,7 @@ def _draw_curves(axes: Axes, outcomes: Sequence[Outcome], value: Callable[[Score
             )
     axes.set_ylim(min(origin, end), max(origin, end))
     axes.set_xlabel("training step")
-    axes.grid(axis="y", color=_GRID)
+    axes.grid(axis="y", color=GRID)
     axes.margins(x=0.02)
     if len(outcomes) > 1:
         axes.legend(ncols=2, loc="upper right" if below else "lower right")

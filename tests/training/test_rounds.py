@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +83,7 @@ def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 def files(config: RoundsConfig) -> list[str]:
     folder = Path(config.output_dir)
     kept = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in kept if "model" not in path.parts)
+    return sorted(str(path) for path in kept if "model" not in path.parts and path.name != ".lock")
 
 
 def state(config: RoundsConfig) -> dict[str, Any]:
@@ -307,6 +309,24 @@ def test_a_folder_of_others_is_left_alone(make, tmp_path):
     with pytest.raises(FastD2OError, match="is a file"):
         run_rounds(make(output_dir=str(tmp_path / "out" / "mine.txt")))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_is_one_process_s_alone(make, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    program = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(out / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(FastD2OError, match="another process is at work in output_dir"):
+            run_rounds(make(rounds=1))
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+    run_rounds(make(rounds=1))
 
 
 def test_a_model_without_an_end(make, place, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from fastd2o.training.rounds import RoundsConfig, run_rounds
 from tests.cli.conftest import start
 from tests.cli.tiny import TEXT_ROWS, save_tiny_model, write_jsonl
+from tests.training.rounds_killed import SETTINGS, results
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +23,13 @@ def settings(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
     rows = [{**row, "prompt": f"{row['prompt']} {copy}"} for copy in range(4) for row in TEXT_ROWS]
     return {
+        **SETTINGS,
         "model": str(save_tiny_model(folder / "model")),
         "dataset": str(write_jsonl(folder / "prompts.jsonl", rows)),
-        "rounds": 2,
         "num_samples": 2,
-        "builder": "pairs",
-        "scorer": {"patterns": ["a", "e", "o"]},
-        "optimizer": "keep",
         "sampling": {"max_new_tokens": 12, "batch_size": 4},
-        "train": {
-            "objective": ["dpo", "pairwise_cringe"],
-            "use_cpu": True,
-            "max_steps": 7,  # no whole number of epochs
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 3,
-            "save_steps": 2,
-            "save_total_limit": 2,
-        },
+        # No whole number of epochs.
+        "train": {**SETTINGS["train"], "max_steps": 7, "save_steps": 2},
     }
 
 
@@ -48,12 +39,6 @@ def undisturbed(settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     run_rounds(RoundsConfig(**settings, output_dir=str(out)))
     return out
-
-
-def results(out: Path) -> dict[str, bytes]:
-    """Every file of the run whose content must not depend on when, where or how often it was run."""
-    endings = (".jsonl", "model.safetensors", "optimizer.safetensors", "measures.json", "build.json", "report.html")
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.name.endswith(endings)}
 
 
 def kill_when(settings: dict[str, Any], out: Path, moment: Callable[[], bool]) -> None:

@@ -81,16 +81,17 @@ def run_rounds(
         One record for each round, and one for the samples of the last model, which is in ``round-N/model``.
 
     Raises:
-        FastD2OError: the run cannot go on: the folder holds another run, a scorer failed, a builder has nothing to
-            train on, a limit is passed, the disk is full. What was finished is kept, and the same call goes on from
-            there.
+        FastD2OError: the run cannot go on: the folder holds another run, or another process is at work in it, a scorer
+            failed, a builder has nothing to train on, a limit is passed, the disk is full. What was finished is kept,
+            and the same call goes on from there.
         fastd2o.DataError: a dataset that cannot be used.
     """
     run = _Run(config, callbacks, say or (lambda line: None))
-    for round_ in range(1, config.rounds + 2):
-        for phase, result, work in run.phases(round_):
-            run.step(round_, phase, result, work)
-    run.state.note(config.rounds + 1, "finished")
+    with run.state.alone():
+        for round_ in range(1, config.rounds + 2):
+            for phase, result, work in run.phases(round_):
+                run.step(round_, phase, result, work)
+        run.state.note(config.rounds + 1, "finished")
     return read_records(config.output_dir)
 
 

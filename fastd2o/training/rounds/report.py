@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastd2o.training.files import replace_file
 from fastd2o.training.rounds.state import read_lines, round_folder
+from fastd2o.training.style import BLUE, FAINT, GREEN, GRID, ORANGE, STYLE
 
 if TYPE_CHECKING:
     from fastd2o.training.rounds.driver import RoundRecord
@@ -24,22 +25,6 @@ _SHOWN_PROMPTS = 8
 _SHOWN_CHARACTERS = 600
 
 # Colours that stay apart for the colour-blind (Okabe and Ito).
-_BLUE, _GREEN, _ORANGE, _GREY = "#0072B2", "#009E73", "#D55E00", "#999999"
-_INK, _GRID = "#333333", "#e8e8e8"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "fastd2o",  # the same numbers give the same file
-}
 
 
 def write_report(output_dir: Path, records: Sequence[RoundRecord], rounds: int) -> None:
@@ -131,7 +116,7 @@ def _text(content: Any) -> str:
 
 def draw_rounds(records: Sequence[RoundRecord]) -> Figure:
     """Six panels over the rounds: reward, margin, log-probabilities, length, diversity, divergence."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 7))
         # Where the panels are is known beforehand; a layout engine would take most of a short round's time.
         places = {"left": 0.05, "right": 0.99, "bottom": 0.07, "top": 0.95, "wspace": 0.2, "hspace": 0.35}
@@ -141,30 +126,30 @@ def draw_rounds(records: Sequence[RoundRecord]) -> Figure:
             "Reward",
             records,
             [
-                ("best of a prompt", _GREEN, lambda record: record.measures.reward_best),
-                ("mean", _BLUE, lambda record: record.measures.reward),
-                ("worst of a prompt", _ORANGE, lambda record: record.measures.reward_worst),
+                ("best of a prompt", GREEN, lambda record: record.measures.reward_best),
+                ("mean", BLUE, lambda record: record.measures.reward),
+                ("worst of a prompt", ORANGE, lambda record: record.measures.reward_worst),
             ],
         )
-        _panel(margin, "Margin at the end of training", records, [("margin", _BLUE, _training("rewards/margins"))])
+        _panel(margin, "Margin at the end of training", records, [("margin", BLUE, _training("rewards/margins"))])
         _panel(
             logps,
             "Log-probability (nats)",
             records,
             [
-                ("samples", _BLUE, lambda record: record.measures.logp),
-                ("positives after training", _GREEN, _training("logps/chosen")),
-                ("negatives after training", _ORANGE, _training("logps/rejected")),
+                ("samples", BLUE, lambda record: record.measures.logp),
+                ("positives after training", GREEN, _training("logps/chosen")),
+                ("negatives after training", ORANGE, _training("logps/rejected")),
             ],
         )
-        _panel(length, "Length (tokens)", records, [("mean", _BLUE, lambda record: record.measures.length)], floor=0)
+        _panel(length, "Length (tokens)", records, [("mean", BLUE, lambda record: record.measures.length)], floor=0)
         _panel(
             diversity,
             "Diversity (distinct-2)",
             records,
             [
-                ("within a sample", _BLUE, lambda record: record.measures.distinct_2),
-                ("over all samples", _GREEN, lambda record: record.measures.distinct_2_overall),
+                ("within a sample", BLUE, lambda record: record.measures.distinct_2),
+                ("over all samples", GREEN, lambda record: record.measures.distinct_2_overall),
             ],
             floor=0,
         )
@@ -172,7 +157,7 @@ def draw_rounds(records: Sequence[RoundRecord]) -> Figure:
             divergence,
             "KL to the first model (nats)",
             records,
-            [("estimate", _BLUE, lambda record: record.measures.kl)],
+            [("estimate", BLUE, lambda record: record.measures.kl)],
         )
     return figure
 
@@ -180,7 +165,7 @@ def draw_rounds(records: Sequence[RoundRecord]) -> Figure:
 def _svg(figure: Figure) -> str:
     """The text of an SVG element."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]  # without the XML declaration, which has no place inside a page
@@ -201,11 +186,11 @@ def _panel(
             axes.plot(*zip(*points, strict=True), color=color, marker="o", linewidth=2, label=label)
             drawn += 1
     if not drawn:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, horizontalalignment="center", color=_GREY)
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, horizontalalignment="center", color=FAINT)
     axes.set_xlim(0.8, len(records) + 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round")
-    axes.grid(axis="y", color=_GRID)
+    axes.grid(axis="y", color=GRID)
     if floor is not None:
         axes.set_ylim(floor, 1.06 * axes.get_ylim()[1])
     if drawn > 1:

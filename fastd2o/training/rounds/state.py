@@ -25,15 +25,18 @@ Each of these files is written aside and renamed. A phase whose last file is the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fastd2o.errors import FastD2OError
-from fastd2o.training.files import dump, replace_file
+from fastd2o.training.files import dump, explained, replace_file
 
 _FORMAT = 1
-_NAME = "state.json"
+_NAME, _LOCK = "state.json", ".lock"
 
 
 class State:
@@ -54,7 +57,7 @@ class State:
             raise FastD2OError(f"output_dir {str(folder)!r} is a file. Fix: give a folder")
         if self.path.exists():
             self._check_same()
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
             raise FastD2OError(
                 f"output_dir {str(folder)!r} holds files that no run of rounds wrote. Fix: choose another output_dir"
             )
@@ -69,6 +72,29 @@ class State:
             "config": self.fingerprint,
         }
         replace_file(self.path, json.dumps(state, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the system lets them in again when this one ends, however it does.
+
+        Raises:
+            FastD2OError: another process is at work in it.
+        """
+        folder = self.path.parent
+        lock = FileLock(folder / _LOCK, timeout=0)
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise FastD2OError(
+                    f"another process is at work in output_dir {str(folder)!r}. Fix: wait for it or end it, or choose "
+                    "another output_dir"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _check_same(self) -> None:
         another = f"{str(self.path)!r} is of another run"

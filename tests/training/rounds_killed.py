@@ -1,7 +1,7 @@
 """Whether a run of rounds that is killed again and again ends with the weights of one that never was.
 
-    python -m benchmarks.rounds_killed               ten kills; some minutes
-    python -m benchmarks.rounds_killed --kills 3 --seed 1
+    python -m tests.training.rounds_killed               ten kills; some minutes
+    python -m tests.training.rounds_killed --kills 3 --seed 1
 
 A tiny model made here takes two rounds of Iterative DPO through ``fastd2o rounds``, first without interruption, then
 with SIGKILL at random moments of its work until the kills are used up. Weights, optimiser, samples, scores, training
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -51,11 +50,19 @@ def results(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.name.endswith(ENDINGS)}
 
 
-def start(config: Path) -> subprocess.Popen[bytes]:
-    """The command, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(config: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """The command in a process of its own, and the file with what it prints: a line for each phase that it begins."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "fastd2o", "rounds", "--config", str(config)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = config.with_suffix(".log")
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.DEVNULL), log
+
+
+def until_work(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait while the process imports what it needs, until it begins its first phase."""
+    while process.poll() is None and b"round " not in log.read_bytes():
+        time.sleep(0.002)
 
 
 def configure(folder: Path, name: str) -> tuple[Path, Path]:
@@ -88,40 +95,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [{**row, "prompt": f"{row['prompt']} {copy}"} for copy in range(8) for row in TEXT_ROWS]
         write_jsonl(folder / "prompts.jsonl", rows)
         config, whole = configure(folder, "undisturbed")
-        process = start(config)
-        began = None
-        while process.poll() is None:
-            if began is None and (whole / "state.json").exists():
-                began = time.monotonic()
-            time.sleep(0.005)
-        assert began is not None, "the undisturbed run did not begin"
+        process, log = start(config)
+        until_work(process, log)
+        began = time.monotonic()
+        if process.wait():
+            raise RuntimeError(f"the undisturbed run ended with exit code {process.returncode}")
         work = time.monotonic() - began
         print(f"undisturbed: {work:.1f} s of work, {len(results(whole))} files compared", flush=True)
 
         config, out = configure(folder, "killed")
-        done = 0
-        while True:
-            before = (out / "state.json").stat().st_mtime_ns if (out / "state.json").exists() else 0
-            process = start(config)
-            while done < args.kills and process.poll() is None:
-                # Its work begins when it writes its state; what comes before is imports.
-                if (out / "state.json").exists() and (out / "state.json").stat().st_mtime_ns != before:
-                    time.sleep(rng.uniform(0, 1.2 * work / args.kills))
-                    break
-                time.sleep(0.002)
-            if done < args.kills and process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                done += 1
-                print(f"kill {done}: {stand(out)}", flush=True)
-                continue
+        for kill in range(args.kills):
+            process, log = start(config)
+            until_work(process, log)
+            time.sleep(rng.uniform(0, 1.5 * work / args.kills))
+            if process.poll() is not None:
+                print(f"it was over before kill {kill + 1}, with exit code {process.returncode}")
+                return 1
+            process.kill()
             process.wait()
-            print(f"finished after {done} kills: {stand(out)}, exit code {process.returncode}", flush=True)
-            break
+            print(f"kill {kill + 1}: {stand(out)}", flush=True)
+        process, _ = start(config)
+        print(f"finished: exit code {process.wait()}, {stand(out)}", flush=True)
         ours, theirs = results(out), results(whole)
         differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         print("the same bytes in every file" if not differing else f"these differ: {', '.join(differing)}")
-        return int(bool(differing) or done < args.kills)
+        return int(bool(differing))
 
 
 if __name__ == "__main__":
