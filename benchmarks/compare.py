@@ -2,8 +2,8 @@
 
 A contestant's time is taken as its ratio to the bare matrix products in the same round (in a training step's contest,
 to eager code's), so that another clock rate is no change. The change is the ratio of the medians; its noise the range
-in which 95 of 100 changes lie when rounds are drawn anew (the bootstrap). A change counts if all of that range is beyond
-the threshold: two processes differ by a few per cent for reasons that no number of rounds in one of them shows.
+in which 95 of 100 changes lie when rounds are drawn anew (the bootstrap). A change counts if all of that range is
+beyond the threshold: two processes differ by a few per cent for reasons that no number of rounds in one of them shows.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> 
         low, high = (min(new) / max(old), max(new) / min(old)) if few else _noise(old, new)
         beyond = 1 + (2 * threshold if few else threshold)
         judgement = "slower" if low > beyond else "faster" if high < 1 / beyond else "same"
-    if judgement == "same" and memory is not None and before.extra_megabytes is not None:
-        if abs(memory) > max(_MEGABYTES, threshold * abs(before.extra_megabytes)):
-            judgement = "more memory" if memory > 0 else "less memory"
+    allowed = max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0))
+    if judgement == "same" and memory is not None and abs(memory) > allowed:
+        judgement = "more memory" if memory > 0 else "less memory"
     return Change(*name, judgement, time, low, high, memory)
 
 
