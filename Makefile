@@ -27,7 +27,7 @@ lint:
 	  "$$python" -m ruff format --check . && echo "types: mypy" && "$$python" -m mypy
 
 # This library, the peers that are installed and the bare matrix products; table, JSON, Markdown and pictures in runs/bench.
-# ARGS="--quick" takes a few minutes.
+# ARGS="--quick" takes two minutes.
 bench:
 	@$(call PYTHON_WITH,dev) && "$$python" -m fastd2o bench $(ARGS)
 

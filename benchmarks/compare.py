@@ -16,7 +16,7 @@ from typing import Literal
 
 from .results import FLOOR, Contest, Report, Row, ratios
 
-Judgement = Literal["slower", "faster", "more memory", "less memory", "now fails", "gone", "same"]
+Judgement = Literal["slower", "faster", "more memory", "less memory", "now fails", "gone", "not judged", "same"]
 REGRESSIONS: tuple[Judgement, ...] = ("slower", "more memory", "now fails", "gone")
 
 _RESAMPLES = 2000
@@ -80,7 +80,7 @@ def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> 
     name = (earlier.key, before.contestant, before.contestant.startswith("fastd2o"))
     after = later.row(before.contestant)
     if before.error is not None:
-        return Change(*name, "same")
+        return Change(*name, "not judged")
     if after is None:
         return Change(*name, "gone")
     if after.error is not None:
@@ -88,19 +88,19 @@ def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> 
     memory = None
     if before.extra_megabytes is not None and after.extra_megabytes is not None:
         memory = after.extra_megabytes - before.extra_megabytes
-    judgement: Judgement = "same"
+    judgement: Judgement = "not judged"  # of what ran but once nobody knows the noise
     time = low = high = None
     yardstick = next((one for one in (FLOOR, "eager") if _is_in(one, earlier) and _is_in(one, later)), None)
     old, new = _relative(earlier, before, yardstick), _relative(later, after, yardstick)
-    if min(len(old), len(new)) > 1:  # of what ran but once nobody knows the noise
+    if min(len(old), len(new)) > 1:
         time = statistics.median(new) / statistics.median(old)
         few = min(len(old), len(new)) < _LEAST_ROUNDS
         low, high = (min(new) / max(old), max(new) / min(old)) if few else _noise(old, new)
         beyond = 1 + (2 * threshold if few else threshold)
         judgement = "slower" if low > beyond else "faster" if high < 1 / beyond else "same"
     allowed = max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0))
-    if judgement == "same" and memory is not None and abs(memory) > allowed:
-        judgement = "more memory" if memory > 0 else "less memory"
+    if judgement != "slower" and memory is not None and abs(memory) > allowed:
+        judgement = "more memory" if memory > 0 else judgement if judgement == "faster" else "less memory"
     return Change(*name, judgement, time, low, high, memory)
 
 
@@ -110,10 +110,10 @@ def _is_in(contestant: str, contest: Contest) -> bool:
 
 
 def _relative(contest: Contest, row: Row, yardstick: str | None) -> list[float]:
-    """Of each round, the time over the yardstick's, if there is one; of a report that has no rounds, their median."""
+    """Of each round, the time over the yardstick's, if there is one; nothing of a report that has no rounds."""
     other = contest.row(yardstick) if yardstick is not None else None
     if not row.times or (other is not None and not other.times):
-        return [row.over_products] if row.over_products is not None else []
+        return []
     if other is None or other is row:
         return list(row.times)
     return ratios(row.times, other.times)

@@ -40,6 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     suite = choose(
         options.device, options.suite, options.cases, options.tokens, options.hidden, options.vocab, options.dtype
     )
+    if not suite.contests and not suite.steps:
+        raise pytest.UsageError(
+            f"the suite {options.suite} has no {' or '.join(options.cases)}. Fix: leave the suite out, or give shapes"
+        )
     report = Report(machine(options.device))
     if options.append and path is not None and path.exists():
         report = _continued(report, path)

@@ -60,17 +60,17 @@ class Inputs:
             loss = _references(case, hidden, weight, target)
         return cls._with_leaves(case, hidden, weight, target, loss)
 
-    def few(self) -> Inputs:
-        """The same for few tokens: of a preference loss the first of every sequence."""
+    def few(self, tokens: int = CHECKED_TOKENS) -> Inputs:
+        """The same for so many tokens: of a preference loss the first of every sequence."""
         hidden, weight, target = self.hidden.detach(), self.weight.detach(), self.target
         if self.case.operator in POSITIVES:
             length = len(target) // SEQUENCES
-            of_each = (torch.arange(len(target), device=target.device) % length) < CHECKED_TOKENS // SEQUENCES
+            of_each = (torch.arange(len(target), device=target.device) % length) < tokens // SEQUENCES
             hidden, target = hidden[of_each], target[of_each]
             loss = _references(self.case, hidden, weight, target)
         else:
-            hidden, target = hidden[:CHECKED_TOKENS].clone(), target[:CHECKED_TOKENS]
-            loss = self.loss[:CHECKED_TOKENS]
+            hidden, target = hidden[:tokens].clone(), target[:tokens]
+            loss = self.loss[:tokens]
         return self._with_leaves(self.case, hidden, weight, target, loss)
 
     def double(self) -> Inputs:
@@ -191,7 +191,8 @@ def hold(setup: Setup) -> Contest:
     turns = _Turns(inputs, products)
     runs: dict[str, Run] = {one.name: functools.partial(turns.run, one) for one in setup.contestants}
     runs[FLOOR] = turns.products
-    race(rows, runs, setup.patience, setup.device, lambda share: setup.progress((1 + 2 * share) / 3))
+    ours = f"fastd2o {setup.device}"
+    race(rows, runs, ours, setup.patience, setup.device, lambda share: setup.progress((1 + 2 * share) / 3))
     return Contest(setup.case.name, setup.shape.fields, str(products), products.flops, rows)
 
 

@@ -1,6 +1,6 @@
 """The contests as pytest-benchmark has them: a test for each contestant of each contest.
 
-    pytest benchmarks/contests.py --suite quick -k "trained and float32"
+    pytest benchmarks/contests.py --suite quick -k "trained and cpu"
 
 pytest-benchmark runs one test after the other, which a drifting clock makes unfair. So the first test of a contest
 holds all of it (:mod:`benchmarks.contest`), with contestants taking turns, and each test replays the times of its own:

@@ -162,7 +162,7 @@ def _shares(report: Report) -> Figure | None:
         bars = panel.barh(names, shares, color=[_style(name)["color"] for name in names])
         panel.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=7, padding=2)
         panel.axvline(1.0, color="black", linewidth=0.8)
-        panel.set(xlabel="matrix products alone / time", title=_of(contest), xlim=(0, max(1.15, *shares) * 1.1))
+        panel.set(xlabel="matrix products alone / time", title=_of(contest), xlim=(0, max([1.15, *shares]) * 1.1))
         panel.invert_yaxis()
         panel.tick_params(axis="y", labelsize=7)
     return figure

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastd2o.ops.pages import in_huge_pages
 from fastd2o.ops.plan import Algorithm, Plan
 
 from .instruments import timed
@@ -70,7 +71,7 @@ class Products:
     def __call__(self) -> None:
         """Do them."""
         for sweep in _SWEEPS[self.algorithm]:
-            dweight_VD = torch.empty_like(self.weight_VD) if "dweight" in sweep else None
+            dweight_VD = in_huge_pages(torch.empty_like(self.weight_VD)) if "dweight" in sweep else None
             for columns in _blocks(len(self.weight_VD), self.block_vocab):
                 slab_ND = self.weight_VD[columns]
                 for rows in _blocks(len(self.hidden_TD), self.block_tokens):

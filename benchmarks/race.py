@@ -39,14 +39,19 @@ class Patience:
 
 
 def race(
-    rows: Sequence[Row], runs: Mapping[str, Run], patience: Patience, device: str, progress: Callable[[float], None]
+    rows: Sequence[Row],
+    runs: Mapping[str, Run],
+    ours: str,
+    patience: Patience,
+    device: str,
+    progress: Callable[[float], None],
 ) -> None:
     """Time everyone who has no error yet, and record it; who fails on the way says so on its row.
 
     Args:
-        rows: the bare products' first, where there are any, then FastD2O's on the device's own kernels; what all
-            others are compared with.
+        rows: the bare products' first, where there are any.
         runs: by contestant.
+        ours: whom the others are compared with, beside the bare products.
         patience: how long.
         device: "cpu" or "cuda".
         progress: told how much is done, in [0, 1].
@@ -60,7 +65,7 @@ def race(
             laps[row.contestant] = _warm_up(runs[row.contestant], turn, device)
 
     racing = [row for row in racing if laps.get(row.contestant) == []]
-    rounds = patience.rounds_of(lap(runs[racing[0].contestant], device).both) if racing else 0
+    rounds = _rounds(racing, runs, patience, device)
     for number in range(rounds):
         progress((1 + number / rounds) / 2)
         for row in racing:
@@ -70,10 +75,18 @@ def race(
                     mine.append(lap(runs[row.contestant], device))
 
     timed = [row for row in rows if row.error is None]
-    ours = next((laps[row.contestant] for row in timed if row.backend == device), [])
+    valid = {row.contestant: laps[row.contestant] for row in timed}
     for row in timed:
-        row.record(laps[row.contestant], laps.get(FLOOR, []), ours)
+        row.record(laps[row.contestant], valid.get(FLOOR, []), valid.get(ours, []))
     progress(1.0)
+
+
+def _rounds(racing: Sequence[Row], runs: Mapping[str, Run], patience: Patience, device: str) -> int:
+    """By the time of the first that does not fail."""
+    for row in racing:
+        with row.catching():
+            return patience.rounds_of(lap(runs[row.contestant], device).both)
+    return 0
 
 
 def _warm_up(run: Run, turn: float, device: str) -> list[Lap]:

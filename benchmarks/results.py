@@ -26,7 +26,16 @@ SCHEMA = 2  # of the file; 1 had a file for each shape
 FOLDER = Path(__file__).parent / "results"
 FLOOR = "products alone"
 # Whose versions matter to somebody's figures.
-_LIBRARIES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+_LIBRARIES = (
+    "fastd2o",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+)
 
 
 class TriedError(Exception):
@@ -48,6 +57,7 @@ class Row:
         rounds: how many runs were timed.
         seconds, min, max: of these, the median, the fastest, the slowest.
         forward, backward: seconds, medians; their sum need not be ``seconds``.
+        forward_spread, backward_spread: half of the range of the middle half, over the median.
         times: seconds of every round, in the order of rounds, which is the same for all rows of a contest; some sit out
             the last.
         over_products: time over the bare products' in the same round, the median of that.
@@ -68,6 +78,8 @@ class Row:
     max: float | None = None
     forward: float | None = None
     backward: float | None = None
+    forward_spread: float | None = None
+    backward_spread: float | None = None
     times: list[float] = field(default_factory=list)
     over_products: float | None = None
     spread: float | None = None
@@ -100,8 +112,10 @@ class Row:
         self.times = [one.both for one in laps]
         self.rounds = len(laps)
         self.seconds, self.min, self.max = statistics.median(self.times), min(self.times), max(self.times)
-        self.forward = statistics.median(one.forward for one in laps)
-        self.backward = statistics.median(one.backward for one in laps)
+        forward, backward = [one.forward for one in laps], [one.backward for one in laps]
+        self.forward, self.backward = statistics.median(forward), statistics.median(backward)
+        self.forward_spread = half_range(forward)
+        self.backward_spread = half_range(backward) if self.backward else None
         if floor:
             found = ratios(self.times, [one.both for one in floor])
             self.over_products, self.spread = statistics.median(found), half_range(found)

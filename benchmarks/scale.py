@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ class Scale:
 
         Raises:
             MemoryError: the process was killed, which systems do when memory runs out.
+            ChildProcessError: it crashed.
             TimeoutError: it took too long.
             Exception: whatever the function raises.
         """
@@ -47,11 +49,21 @@ class Scale:
         try:
             found, error = connection.recv()
         except EOFError:
-            self.close()
-            raise MemoryError("the process that tried it was killed") from None
+            raise self._ended() from None
         if error is not None:
             raise error
         return found
+
+    def _ended(self) -> Exception:
+        """Why the process is gone."""
+        assert self._process is not None
+        self._process.join()
+        code = self._process.exitcode
+        self.close()
+        if code == -signal.SIGKILL:
+            return MemoryError("the process that tried it was killed, which systems do when memory runs out")
+        reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return ChildProcessError(f"the process that tried it ended with {reason}")
 
     def close(self) -> None:
         """End the other process, if there is one."""

@@ -153,7 +153,10 @@ class Session:
     def _load(self, dtype: str) -> list[Contestant]:
         if dtype not in self._loaded:
             self._loaded[dtype], absent = load(self.device, getattr(torch, dtype), self.peers)
-            self.report.absent |= absent
+            present = {one.name for one in self._loaded[dtype]}
+            self.report.absent = {
+                name: why for name, why in (self.report.absent | absent).items() if name not in present
+            }
         return self._loaded[dtype]
 
     def _is_there(self, peer: str) -> bool:

@@ -51,7 +51,7 @@ _SMALL, _LARGE = 32000, 128256
 
 SUITES: dict[str, dict[str, Suite]] = {
     "cpu": {
-        "quick": Suite(  # small shapes: a few minutes on two cores
+        "quick": Suite(  # small shapes: two minutes on two cores, with the peers that make bench installs
             _all((*OF_TOKENS, *_LOSSES), [256], [256], [_SMALL], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
@@ -72,7 +72,7 @@ SUITES: dict[str, dict[str, Suite]] = {
                 *_all(("frozen", "trained"), [16384], [256], [_LARGE], _DTYPES),
             ],
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
-            Patience(rounds=3, most_rounds=9, seconds=1, each=5, turn=8, most_seconds=60),
+            Patience(rounds=4, most_rounds=9, seconds=1, each=5, turn=8, most_seconds=60),
         ),
         "targets": Suite(  # the shapes that this project has targets for: an hour and more
             [(case, shape) for shape in TARGET_SHAPES["cpu"] for case in OF_TOKENS],

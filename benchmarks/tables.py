@@ -16,7 +16,7 @@ TITLES = {
     FLOOR: "matrix products alone",
     "fastd2o": "**FastD2O**",
     "cut-cross-entropy": "Cut Cross-Entropy",
-    "liger": "Liger, fused and chunked",
+    "liger": "Liger, fused scaled cross-entropy",
     "trl chunked": "TRL, `ChunkedLogProbFunction`",
     "torch chunked": "torch, `F.linear_cross_entropy` in chunks",
     "quack": "QuACK",

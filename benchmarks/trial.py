@@ -34,8 +34,7 @@ class Judge:
         """Errors; and memory, unless they are beyond bounds or a run would take more than so many seconds."""
         inputs, device = self.inputs, self.inputs.hidden.device.type
         errors = self.oracle.errors(contestant)
-        seconds = lap(functools.partial(self.few.run, contestant), device).both
-        seconds *= len(inputs.target) / len(self.few.target)
+        seconds = self._seconds(contestant, most_seconds)
         if not within(errors, WRONG[inputs.hidden.dtype]) or seconds > most_seconds:
             return Trial(errors, seconds)
         # What was compiled for few tokens need not be what one compiles for many.
@@ -45,6 +44,21 @@ class Judge:
         if inputs.case.operator == "logprob":
             errors["last_values"] = rms_error(found[0][-_LAST_TOKENS:], self._last_values())
         return Trial(errors, seconds, bytes_at_peak)
+
+    def _seconds(self, contestant: Contestant, most_seconds: float) -> float:
+        """Of a run at full size, about: no more than in proportion to its tokens. If that is too much, what a call
+        costs anyway is told from what each token costs."""
+        tokens, few = len(self.inputs.target), len(self.few.target)
+
+        def time(inputs: Inputs) -> float:
+            return lap(functools.partial(inputs.run, contestant), inputs.hidden.device.type).both
+
+        at_few = time(self.few)
+        if at_few * tokens / few <= most_seconds:
+            return at_few * tokens / few
+        fewer = self.inputs.few(few // 4)
+        per_token = (at_few - time(fewer)) / (few - len(fewer.target))
+        return at_few + max(0.0, per_token) * (tokens - few)
 
     def _last_values(self) -> Tensor:
         hidden, target = self.inputs.hidden.detach()[-_LAST_TOKENS:], self.inputs.target[-_LAST_TOKENS:]

@@ -9,6 +9,7 @@ import math
 import operator
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -132,6 +133,8 @@ def test_a_run_from_command_line_to_files(tmp_path: Path) -> None:
         (["--cases", "step-dpo", "--hidden", "200"], "--hidden is not a multiple of 64"),
         (["--cases", "step-dpo", "--dtype", "float32"], "--dtype does not apply to step-dpo"),
         (["--peers", "none", "liger"], "--peers has none and a peer"),
+        (["--out", "here", "compare", "a.json", "b.json"], "compare measures nothing, and --out"),
+        (["--targets", "--cases", "dpo"], "the suite targets has no dpo"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -250,9 +253,19 @@ def test_one_that_takes_too_long_runs_but_once_or_not_at_all() -> None:
     assert ours["slow"].rounds == ours[FLOOR].rounds  # whom all are compared with takes its turns
     calls.clear()
     rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, most_seconds=0.0))
-    assert calls == [256, 256]
+    assert calls == [256, 256, 64]  # what a call costs anyway is told from what each token costs
     assert rows["slow"].error is not None
     assert rows["slow"].error.startswith("TimeoutError: left out: a run would take about")
+
+
+def test_what_a_call_costs_anyway_is_not_multiplied() -> None:
+    def slow(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return EAGER.logprob(hidden, weight, target)
+
+    shape = replace(SMALL, tokens=256 * 16)
+    rows = held(shape, "frozen", [Contestant("slow", slow)], replace(QUICK, most_seconds=2.0))
+    assert rows["slow"].error is None
 
 
 @pytest.mark.parametrize("fails_at", [4, 5, 6])
@@ -265,7 +278,7 @@ def test_one_that_fails_late_is_marked_and_the_others_go_on(fails_at: int) -> No
             raise RuntimeError("out of memory")
         return EAGER.logprob(hidden, weight, target)
 
-    rows = held(SMALL, "frozen", [Contestant("fails", fails), EAGER])
+    rows = held(SMALL, "frozen", [Contestant("fails", fails, backend="cpu"), EAGER])
     assert rows["fails"].error == "RuntimeError: out of memory"
     assert rows["fails"].seconds is None
     assert rows["eager"].rounds == rows[FLOOR].rounds >= 2
@@ -281,11 +294,17 @@ def test_an_index_that_overflows_is_seen_at_full_size() -> None:
     assert rows["overflows"].errors["value"] < 1e-5 < rows["overflows"].errors["last_values"]
 
 
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_process_that_is_killed_or_hangs_takes_nobody_along() -> None:
     scale = Scale("cpu", most_seconds=30.0)
     try:
-        with pytest.raises(MemoryError, match="was killed"):
+        with pytest.raises(ChildProcessError, match="SIGABRT"):
             scale(os.abort)
+        with pytest.raises(MemoryError, match="was killed"):
+            scale(_killed)
         assert scale(os.getppid) == os.getpid()  # there is another one
         with pytest.raises(TriedError, match="ZeroDivisionError: float"):
             scale(operator.truediv, 1.0, 0.0)
@@ -457,11 +476,19 @@ def test_noise_is_no_regression_and_a_fifth_is(seed: int) -> None:
 def test_memory_and_failures_are_compared_too() -> None:
     assert judgements(report_of(), report_of(megabytes=23.0))["fastd2o cpu"] == "more memory"
     assert judgements(report_of(), report_of(megabytes=21.0))["fastd2o cpu"] == "same"
+    assert judgements(report_of(1.5), report_of(megabytes=90.0))["fastd2o cpu"] == "more memory"  # though it is faster
     failed = report_of()
     failed.contests[0].rows[1].error = "RuntimeError: gone"
     assert judgements(report_of(), failed)["fastd2o cpu"] == "now fails"
     del failed.contests[0].rows[1]
     assert judgements(report_of(), failed)["fastd2o cpu"] == "gone"
+
+
+def test_what_ran_once_is_not_judged() -> None:
+    once = report_of(2.0)
+    for row in once.contests[0].rows:
+        row.times = row.times[:1]
+    assert judgements(report_of(), once) == {"fastd2o cpu": "not judged", "eager": "not judged"}
 
 
 @pytest.mark.parametrize(("slowdown", "judgement"), [(1.0, "same"), (1.15, "same"), (2.0, "slower"), (0.5, "faster")])
@@ -496,7 +523,10 @@ def test_compare_exits_1_on_a_regression(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["bench", "compare", str(before), str(after)]) == 1
     printed = capsys.readouterr().out
     assert "slower" in printed
-    assert "2 figures compared: 1 the same within noise and 10%; 1 of FastD2O's worse" in printed
+    assert (
+        "2 figures compared: 1 the same within noise and 10%; 0 not judged, for want of rounds; 1 of FastD2O's worse"
+        in (" ".join(printed.split()))
+    )
     assert main(["bench", "compare", str(before), str(after), "--threshold", "0.5"]) == 0
     assert main(["bench", "compare", str(after), str(before)]) == 0  # faster
 

@@ -27,6 +27,7 @@ is listed as absent: pip install 'fastd2o[peers]'.
 """
 _CASES = ("forward", "frozen", "trained", "cringe", "dpo", "d2o", "step-d2o", "step-d2o-lora", "step-dpo")
 _OF_A_RUN = ("gpu", "cases", "tokens", "hidden", "vocab", "dtype", "peers", "only", "append")
+_OUT = Path("runs/bench")
 _RESULTS, _PREVIOUS = "results.json", "results.previous.json"
 
 
@@ -36,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     suite = parser.add_argument_group("suite; default: a large vocabulary in bfloat16, ten minutes on two cores")
     suite = suite.add_mutually_exclusive_group()
     for name, about in (
-        ("quick", "small shapes: a few minutes on two cores"),
-        ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: an hour and more"),
+        ("quick", "small shapes: two minutes on two cores"),
+        ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: hours"),
         ("targets", "the shapes that this project has targets for: an hour and more"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=about)
@@ -56,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--only", metavar="EXPRESSION", help="what has these words in its name, as pytest -k: 'trained and eager'"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="for results and plots")
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="FOLDER", help="for results and plots")
     parser.add_argument("--append", action="store_true", help="add to the results that are there")
     actions = parser.add_subparsers(dest="action", metavar="compare")
     compare = actions.add_parser("compare", help="what got faster or slower between two results.json, beyond noise")
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     if args.action != "compare":
         return _measure(args, console)
-    given = [name for name in _OF_A_RUN if getattr(args, name)]
+    given = [name for name in _OF_A_RUN if getattr(args, name)] + ["out"] * (args.out != _OUT)
     if given or args.suite != "default":
         raise UsageError(f"compare measures nothing, and --{given[0] if given else args.suite} is for what measures")
     return _compare(args, console)
@@ -214,7 +215,9 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     for column in ("time", "noise", "MB"):
         table.add_column(column, justify="right")
     table.add_column("")
-    told = [change for change in changes if change.judgement != "same"]
+    same = sum(change.judgement == "same" for change in changes)
+    unknown = sum(change.judgement == "not judged" for change in changes)
+    told = [change for change in changes if change.judgement not in ("same", "not judged")]
     for change in told:
         table.add_row(
             change.contest,
@@ -227,10 +230,9 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     if told:
         console.print(table)
     regressions = [change for change in changes if change.ours and change.judgement in comparing.REGRESSIONS]
-    same = len(changes) - len(told)
     console.print(
         f"{len(changes)} figures compared: {same} the same within noise and {args.threshold:.0%}; "
-        f"{len(regressions)} of FastD2O's worse",
+        f"{unknown} not judged, for want of rounds; {len(regressions)} of FastD2O's worse",
         highlight=False,
     )
     return 1 if regressions else 0
