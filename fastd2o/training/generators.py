@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from fastd2o.errors import FastD2OError
@@ -162,19 +162,22 @@ class VLLMGenerator:
         folder: of the model. Each round's weights are loaded from where that round's training put them.
         processing_class: its tokenizer.
         dtype: of the weights.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         FastD2OError: vLLM is not installed.
     """
 
-    def __init__(self, folder: str, processing_class: PreTrainedTokenizerBase, dtype: str) -> None:
+    def __init__(
+        self, folder: str, processing_class: PreTrainedTokenizerBase, dtype: str, *, trust_remote_code: bool = False
+    ) -> None:
         vllm = import_vllm()
         self.folder, self.dtype = folder, dtype
         self.processing_class = processing_class
-        self.stops = stop_ids(GenerationConfig.from_pretrained(folder), processing_class)
+        self.stops = stop_ids(_generation_config(folder, trust_remote_code), processing_class)
         self._sampling_params = vllm.SamplingParams
         # "vllm": its own defaults, not the decoding recipe that came with the model.
-        self._llm = vllm.LLM(model=folder, dtype=dtype, generation_config="vllm")
+        self._llm = vllm.LLM(model=folder, dtype=dtype, generation_config="vllm", trust_remote_code=trust_remote_code)
 
     def settings(self) -> dict[str, Any]:
         """The folder, which a round writes once, and the dtype."""
@@ -208,9 +211,23 @@ class VLLMGenerator:
     def close(self) -> None:
         """Let go of the weights and the cache."""
         del self._llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
+
+
+def release_memory() -> None:
+    """Let go of models that nobody uses any more: an attached one, or a trainer's, is part of a cycle of references."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _generation_config(folder: str, trust_remote_code: bool) -> GenerationConfig:
+    """That of the model's folder, or what its config says."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_model_config(config)
 
 
 def import_vllm() -> Any:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastd2o import DataError, FastD2OError
+from fastd2o import DataError, FastD2OError, PreferenceConfig
 from fastd2o.training.generators import import_vllm
-from fastd2o.training.rounds import RoundsConfig, read_records, run_rounds
+from fastd2o.training.rounds import RoundsConfig, driver, read_records, run_rounds
 from fastd2o.training.sampling import SamplingOptions, sample_anchors
 from tests.cli.tiny import TEXT_ROWS, read_jsonl, save_tiny_model, write_jsonl
 
@@ -61,6 +62,20 @@ def make(place: Path, tmp_path: Path) -> Callable[..., RoundsConfig]:
     return lambda **options: make_config(place, **{"output_dir": str(tmp_path / "out"), **options})
 
 
+@pytest.fixture
+def loaded(monkeypatch) -> weakref.WeakSet[Any]:
+    """Every model that the driver has loaded and that is still in memory."""
+    models: weakref.WeakSet[Any] = weakref.WeakSet()
+    load = driver._Run._load
+
+    def remembered(self: driver._Run, name: str) -> Any:
+        models.add(model := load(self, name))
+        return model
+
+    monkeypatch.setattr(driver._Run, "_load", remembered)
+    return models
+
+
 @pytest.fixture(scope="module")
 def two_rounds(place: Path) -> RoundsConfig:
     """Two rounds without interruption."""
@@ -101,8 +116,8 @@ def test_a_run_leaves_its_rounds_and_can_be_made_longer(make, two_rounds):
         f"round 2: {phase}" for phase in ("sample", "score", "measure")
     ]
     first = [f"round-1/{name}" for name in ("build.json", "groups.jsonl", "measures.json", "samples.jsonl")]
-    first += ["round-1/scored.jsonl", "round-1/training.json"]
-    last = [f"round-2/{name}.json{'l' * (name != 'measures')}" for name in ("measures", "samples", "scored")]
+    first += ["round-1/sampling.json", "round-1/scored.jsonl", "round-1/training.json"]
+    last = [f"round-2/{name}" for name in _MEASURED]
     assert files(config) == ["report.html", *first, *last, "state.json"]
     assert (state(config)["phase"], state(config)["stopped"]) == ("finished", None)
     assert [record.training is not None for record in records] == [True, False]
@@ -258,15 +273,28 @@ def test_a_scorer_that_fails_loses_nothing(make, monkeypatch, scorer, told):
     assert not (folder / "scored.jsonl.partial").exists()
 
 
+def test_a_training_that_cannot_work_is_mended_without_sampling_again(make, two_rounds):
+    """As long as nothing is trained, ``train`` may change."""
+    with pytest.raises(DataError, match="max_length"):
+        run_rounds(make(rounds=2, train={"max_length": 2}))
+    out = Path(make().output_dir)
+    drawn = (out / "round-1" / "samples.jsonl").stat().st_mtime_ns
+    run_rounds(make(rounds=2))
+    assert (out / "round-1" / "samples.jsonl").stat().st_mtime_ns == drawn
+    assert_same_weights(weights(make(), 2), weights(two_rounds, 2))
+    with pytest.raises(FastD2OError, match=r"train was .* and train for as long as nothing is trained"):
+        run_rounds(make(rounds=3, train={"max_steps": 3}))
+
+
 def test_only_ties(make):
     config = make(scorer={"patterns": ["never said"]})
-    with pytest.raises(FastD2OError, match="all 6 prompts yield only ties"):
+    with pytest.raises(FastD2OError, match="6 of 6 prompts yield only ties"):
         run_rounds(config)
     assert files(config) == ["report.html", *(f"round-1/{name}" for name in _MEASURED), "state.json"]
     assert "only ties" in state(config)["stopped"]
 
 
-_MEASURED = ("measures.json", "samples.jsonl", "scored.jsonl")
+_MEASURED = ("measures.json", "samples.jsonl", "sampling.json", "scored.jsonl")
 
 
 def test_a_limit_stops_the_run_and_another_lets_it_go_on(make, two_rounds):
@@ -327,6 +355,25 @@ def test_a_folder_is_one_process_s_alone(make, tmp_path):
         assert [path.name for path in out.iterdir()] == [".lock"]
         other.kill()
     run_rounds(make(rounds=1))
+
+
+def test_a_kill_in_the_first_moment_leaves_a_folder_to_begin_in(make, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".lock", "state.json.tmp"):
+        (tmp_path / "out" / name).write_text("")
+    run_rounds(make())
+
+
+def test_models_are_let_go_between_phases(make, loaded):
+    run_rounds(make(rounds=2, reference="original"), say=lambda phase: loaded and pytest.fail(f"{len(loaded)} {phase}"))
+    assert not loaded
+
+
+def test_several_devices_are_refused_before_anything_is_drawn(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(PreferenceConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(FastD2OError, match=r"torch sees 2\. Fix: CUDA_VISIBLE_DEVICES=0"):
+        run_rounds(make())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_an_end(make, place, tmp_path):

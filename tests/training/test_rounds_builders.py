@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def scored(scores: list[float], texts: list[str] | None = None, cut: list[bool] 
 def test_pairs_are_the_highest_against_the_lowest():
     built = build_pairs([scored([0.5, -1.0, 2.0, 0.0]), scored([1.0, 1.0]), scored([0.0, 3.0])])
     assert [(row["chosen"], row["rejected"]) for row in built.rows] == [(" w2", " w1"), (" w1", " w0")]
-    assert built.counts == {"prompts": 3, "pairs": 2, "ties": 1, "duplicates": 0}
+    assert built.counts == {"prompts": 3, "pairs": 2, "ties": 1, "fewer than two": 0, "duplicates": 0}
 
 
 def test_of_equals_the_first_counts():
@@ -35,12 +36,17 @@ def test_a_repeated_completion_makes_no_pair_with_itself():
     rows = [scored([0.0, 1.0], texts=[" w1", " w1"]), scored([0.0, 2.0, 1.0], texts=[" w1", " w1", " w2"])]
     built = build_pairs(rows)
     assert [(row["chosen"], row["rejected"]) for row in built.rows] == [(" w2", " w1")]
-    assert built.counts == {"prompts": 2, "pairs": 1, "ties": 1, "duplicates": 2}
+    assert built.counts == {"prompts": 2, "pairs": 1, "ties": 0, "fewer than two": 1, "duplicates": 2}
 
 
 def test_prompts_that_yield_only_ties():
-    with pytest.raises(FastD2OError, match=r"all 2 prompts yield only ties: .* are kept\. Fix: a finer scorer"):
+    told = (
+        r"1 of 2 prompts yield only ties: .*; 1 have fewer than two different ones\. .* are kept\. Fix: a finer scorer"
+    )
+    with pytest.raises(FastD2OError, match=told):
         build_pairs([scored([1.0, 1.0]), scored([])])
+    with pytest.raises(FastD2OError, match="none of the 2 prompts has two different completions"):
+        build_pairs([scored([1.0]), scored([])])
 
 
 def test_anchors_are_refreshed_and_the_negative_stays():
@@ -48,6 +54,8 @@ def test_anchors_are_refreshed_and_the_negative_stays():
     built = build_anchors([old, scored([])])
     assert built.rows == [{"prompt": "w90", "rejected": " w91", "anchors": [" w1", " w2"], "anchor_cut": [False, True]}]
     assert built.counts == {"prompts": 2, "groups": 1, "anchors": 2, "duplicates": 1}
+    cut_negative = replace(old, row={**old.row, "rejected_cut": True})
+    assert build_anchors([cut_negative]).rows[0]["rejected_cut"] is True
     with pytest.raises(FastD2OError, match="none of the 1 prompts got an anchor"):
         build_anchors([scored([])])
 

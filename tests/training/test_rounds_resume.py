@@ -82,11 +82,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        ("PartialFile.remove", 0),  # samples.jsonl is there, and the partial file too
+        ("partial_path", 0),  # samples.jsonl is there, and the partial file too
         ("PartialFile.append", 5),  # in the middle of scoring or sampling
-        ("publish_folder", 3),  # before the checkpoint of the last step
+        ("publish_folder", 2),  # before the last checkpoint
+        ("write_report", 0),  # the samples are measured, the report is not written
+        ("write_json", 0),  # the samples are counted, and nowhere yet but in the partial file
         ("publish_files", 0),  # training is over, the model is not saved
-        ("write_json", 2),  # the model is saved, its log is not
+        ("write_json", 3),  # the model is saved, its log is not
     ],
 )
 def test_killed_between_two_files(settings, undisturbed, tmp_path, monkeypatch, where, call):
@@ -96,7 +98,8 @@ def test_killed_between_two_files(settings, undisturbed, tmp_path, monkeypatch, 
 
     places: dict[str, list[tuple[Any, str]]] = {
         "PartialFile.append": [(files.PartialFile, "append")],
-        "PartialFile.remove": [(files.PartialFile, "remove")],
+        "partial_path": [(driver, "partial_path")],
+        "write_report": [(driver, "write_report")],
         "write_json": [(driver, "write_json")],
         "publish_folder": [(trainer, "publish_folder")],
         "publish_files": [(trainer, "publish_files")],

@@ -115,6 +115,13 @@ def test_a_classifier_gives_the_logit_of_its_class(classifier, label, index):
     with torch.no_grad():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, index].item() for text in texts]
     assert scores == pytest.approx(expected, abs=1e-5)
+    tokenizer.model_max_length = 8  # as loaded below: the end of a text that is too long counts
+    tokenizer.save_pretrained(folder)
+    long = [{"prompt": "the cat " * 20, "completion": f" {end}"} for end in ("kind", "stupid")]
+    kept = load(classifier=str(folder), label=label)(long)
+    tokenizer.model_max_length = 1000
+    tokenizer.save_pretrained(folder)
+    assert kept[0] != kept[1]
     joined = [{"prompt": message("user", "a"), "completion": message("assistant", "b")}]
     with torch.no_grad():
         expected = [model(**tokenizer("a\nb", return_tensors="pt")).logits[0, index].item()]

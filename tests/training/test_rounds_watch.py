@@ -22,7 +22,7 @@ ROWS = [
 
 
 def test_measures_by_hand():
-    found = measure(ROWS, [-1.0, -2.0, -3.0, -4.0], [-2.0, -2.5, -3.0, -5.5], first_length=6.0)
+    found = measure(ROWS, [-1.0, -2.0, -3.0, -4.0], [-2.0, -2.5, -3.0, -5.5], first_length=6.0, empty=1)
     assert asdict(found) == pytest.approx(
         {
             "samples": 4,
@@ -33,6 +33,7 @@ def test_measures_by_hand():
             "length_ratio": 0.5,
             "cut": 0.25,
             "duplicates": 0.25,
+            "empty": 0.2,
             "distinct_1": (1 + 2 / 5 + 1 + 1) / 4,
             "distinct_2": (1 + 2 / 4 + 1 + 1) / 4,
             "distinct_2_overall": 4 / 8,  # 56 62 56 65 56 65 72 72
@@ -76,6 +77,7 @@ GOOD: dict[str, Any] = {
         ({"max_kl": 0.6}, {"kl": 0.7}, "0.7 nats from the model that the run began with, past limits: max_kl=0.6"),
         ({"max_length_ratio": 2.0}, {"length_ratio": 2.5}, r"2\.5 times the first round's, past .*_ratio=2"),
         ({"max_length_ratio": 2.0}, {"length_ratio": 0.4}, r"0\.4 times the first round's"),
+        ({"max_empty": 0.1}, {"empty": 0.3}, r"30% of what was drawn was nothing but an end, past .*_empty=0\.1"),
         ({"min_distinct_2": 0.5}, {"distinct_2": 0.4}, r"distinct-2 is 0\.4, past limits: min_distinct_2=0\.5"),
         ({"min_distinct_2_overall": 0.5}, {"distinct_2_overall": 0.2}, r"over all of them is 0\.2"),
     ],

@@ -61,15 +61,18 @@ class Built:
 
 def build_pairs(rows: Sequence[ScoredRow]) -> Built:
     """The highest completion of each prompt against the lowest; prompts whose completions all score the same are
-    dropped. Of several with the same score the first counts.
+    dropped, as are those with fewer than two different ones. Of several with the same score the first counts.
 
     Raises:
         FastD2OError: no prompt is left.
     """
-    built, ties = [], 0
+    built, ties, few = [], 0, 0
     for row in rows:
+        if len(row.distinct()) < 2:
+            few += 1
+            continue
         order = sorted(row.distinct(), key=lambda index: row.scores[index])  # stable: the first of equals comes first
-        if not order or row.scores[order[0]] == row.scores[order[-1]]:
+        if row.scores[order[0]] == row.scores[order[-1]]:
             ties += 1
             continue
         low = order[0]
@@ -83,13 +86,21 @@ def build_pairs(rows: Sequence[ScoredRow]) -> Built:
                 "rejected_cut": row.cut[low],
             }
         )
+    if not built and not ties:
+        raise FastD2OError(
+            f"none of the {len(rows)} prompts has two different completions, so there is no pair to train on. The "
+            "samples are kept. Fix: a larger num_samples or a higher temperature in a new run; or an earlier round's "
+            "model, if this one has collapsed"
+        )
     if not built:
         raise FastD2OError(
-            f"all {len(rows)} prompts yield only ties: the scorer tells none of their completions apart, so there is "
-            "no pair to train on. The samples and scores are kept. Fix: a finer scorer, a larger num_samples or a "
-            "higher temperature in a new run; or nothing, if all completions are good by now"
+            f"{ties} of {len(rows)} prompts yield only ties: the scorer tells none of their completions apart"
+            + (f"; {few} have fewer than two different ones" if few else "")
+            + ". So there is no pair to train on. The samples and scores are kept. Fix: a finer scorer, a larger "
+            "num_samples or a higher temperature in a new run; or nothing, if all completions are good by now"
         )
-    return Built(built, {"prompts": len(rows), "pairs": len(built), "ties": ties, **_duplicates(rows)})
+    counts = {"prompts": len(rows), "pairs": len(built), "ties": ties, "fewer than two": few}
+    return Built(built, {**counts, **_duplicates(rows)})
 
 
 def build_anchors(rows: Sequence[ScoredRow]) -> Built:
@@ -107,7 +118,8 @@ def build_anchors(rows: Sequence[ScoredRow]) -> Built:
                 "anchors": [row.completions[index] for index in kept],
                 "anchor_cut": [row.cut[index] for index in kept],
             }
-            built.append({"prompt": row.row["prompt"], "rejected": row.row["rejected"], **anchors})
+            negative = {name: row.row[name] for name in ("rejected", "rejected_cut") if name in row.row}
+            built.append({"prompt": row.row["prompt"], **negative, **anchors})
     if not built:
         raise FastD2OError(
             f"none of the {len(rows)} prompts got an anchor. Fix: another instruction, a higher temperature or "

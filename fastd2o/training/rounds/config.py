@@ -30,6 +30,7 @@ _NOT_IN_TRAIN = {
     "save_only_model": "a round could not go on from such a checkpoint",
     "push_to_hub": "upload the last round's model yourself",
     "eval_strategy": "the samples of every round are its evaluation",
+    "eval_on_start": "the samples of every round are its evaluation",
 }
 _KEPT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")  # their state is tensors alone
 _NOT_IN_SAMPLING = {"num_anchors": "it is num_samples"}
@@ -129,7 +130,8 @@ class RoundsConfig:
         """TrainingArguments looks at no types: text would come to light once a round has sampled."""
         for option in fields(PreferenceConfig):
             value = self.train.get(option.name)
-            if isinstance(option.default, float) and isinstance(value, str):
+            number = isinstance(option.default, int | float) and not isinstance(option.default, bool)
+            if number and isinstance(value, str):
                 raise ValueError(
                     f"train: {option.name} is the text {value!r}, expected a number. Fix: in YAML 1.1, write 1.0e-4 "
                     "for 1e-4"
@@ -192,7 +194,8 @@ class RoundsConfig:
     def fingerprint(self) -> dict[str, Any]:
         """Every choice that the outcome of a round depends on, and a digest of the datasets' rows, by name: as JSON.
 
-        How many rounds there are, and where they stop, is not among them: a run may be made longer.
+        How many rounds there are, and where they stop, is not among them: a run may be made longer. The model is known
+        by its name; that its weights stay as they are is the caller's to see to.
         """
         free = ("output_dir", "rounds", "limits")
         chosen = {name: value for name, value in json.loads(json.dumps(asdict(self))).items() if name not in free}

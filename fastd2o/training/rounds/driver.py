@@ -30,8 +30,14 @@ from fastd2o.data import Origin, load_rows
 from fastd2o.errors import FastD2OError
 from fastd2o.loading import check_model, load_model, load_outline, load_tokenizer
 from fastd2o.training.checkpoints import checkpoints
-from fastd2o.training.files import PartialFile, replace_file, write_rows
-from fastd2o.training.generators import Generator, TransformersGenerator, VLLMGenerator, import_vllm
+from fastd2o.training.files import PartialFile, partial_path, replace_file, write_rows
+from fastd2o.training.generators import (
+    Generator,
+    TransformersGenerator,
+    VLLMGenerator,
+    import_vllm,
+    release_memory,
+)
 from fastd2o.training.objectives import SATURATED, Mixture
 from fastd2o.training.rounds.builders import Built, ScoredRow, build_anchors, build_labels, build_pairs
 from fastd2o.training.rounds.config import RoundsConfig
@@ -121,6 +127,10 @@ class _Run:
         self.folder = Path(config.output_dir)
         self.device = config.training(1).device
         check_model(config.model, "model")
+        if config.training(1).n_gpu > 1:
+            raise FastD2OError(
+                f"rounds run on one device, and torch sees {config.training(1).n_gpu}. Fix: CUDA_VISIBLE_DEVICES=0"
+            )
         if config.generator == "vllm":
             import_vllm()
         self.state = State(self.folder, config.fingerprint())
@@ -153,12 +163,16 @@ class _Run:
                 self.state.note(round_, phase)
                 folder.mkdir(exist_ok=True)
                 work(round_, folder)
-                if phase == "measure":
-                    self.report()
+                release_memory()
+            # Left where a kill came between the rename and this.
+            partial_path(folder / result).unlink(missing_ok=True)
             if phase == "measure":
+                if _is_older(self.folder / "report.html", folder / result):
+                    self.report()
                 self.config.watch().check_samples(round_, Measures(**read_json(folder / result)))
             if phase == "train":
                 shutil.rmtree(folder / "train", ignore_errors=True)
+                (round_folder(self.folder, round_ - 1) / _OPTIMIZER).unlink(missing_ok=True)
                 self.config.watch().check_training(round_, _saturated(read_json(folder / result)["log"]))
         except Exception as error:
             with suppress(FastD2OError):  # a full disk, which is what stopped the run
@@ -184,6 +198,7 @@ class _Run:
         for row in rows:
             report.add(row.counts)
         check_result(report)
+        write_json(folder / "sampling.json", asdict(report))
         prompts = {prompt.line: prompt for prompt in self.prompts}
         write_rows(
             out,
@@ -198,7 +213,6 @@ class _Run:
                 for row in sorted(rows, key=lambda row: row.line)
             ),
         )
-        partial.remove()
 
     def score(self, round_: int, folder: Path) -> None:
         """Put a score beside every completion, a prompt at a time; what is scored stays."""
@@ -211,7 +225,6 @@ class _Run:
             rows.append(ScoredRow(**sample, scores=scores))
             partial.append(rows[-1:])
         write_rows(out, map(asdict, rows))
-        partial.remove()
 
     def measure(self, round_: int, folder: Path) -> None:
         """Measure the samples, under the model that drew them and under the one that the run began with."""
@@ -221,9 +234,11 @@ class _Run:
         logps = sample_logps(self._load(self._model_of(round_)), prompts, rows, batch_size=batch_size)
         original = logps
         if round_ > 1:
+            release_memory()
             original = sample_logps(self._load(self.config.model), prompts, rows, batch_size=batch_size)
         first = None if round_ == 1 else read_json(round_folder(self.folder, 1) / "measures.json")["length"]
-        write_json(folder / "measures.json", asdict(measure(rows, logps, original, first)))
+        empty = read_json(folder / "sampling.json")["empty"]
+        write_json(folder / "measures.json", asdict(measure(rows, logps, original, first, empty)))
 
     def build(self, round_: int, folder: Path) -> None:
         """Make what the round trains on."""
@@ -236,7 +251,7 @@ class _Run:
     def train(self, round_: int, folder: Path) -> None:
         """Train the round's model, from the last checkpoint of this round if there is one."""
         run_dir = folder / "train"
-        resume = _last_before_the_end(run_dir)
+        resume = next(reversed(checkpoints(run_dir)), None)
         args = self.config.training(round_, output_dir=str(run_dir), overwrite=resume is None)
         # In round 1 that is the model before training, of which the trainer takes a copy, as it does for "previous".
         original = self.config.reference == "original" and round_ > 1 and Mixture(args).reference
@@ -259,8 +274,6 @@ class _Run:
             assert trainer.optimizer is not None
             _save_optimizer(folder / _OPTIMIZER, trainer.optimizer)
         write_json(folder / "training.json", {"log": trainer.state.log_history, "data": str(trainer.reports["train"])})
-        if keep and round_ > 1:
-            (round_folder(self.folder, round_ - 1) / _OPTIMIZER).unlink(missing_ok=True)
 
     # --- what they share ----------------------------------------------------------------------------------------
 
@@ -284,7 +297,12 @@ class _Run:
         name = self._model_of(round_)
         generator: TransformersGenerator | VLLMGenerator
         if self.config.generator == "vllm":
-            generator = VLLMGenerator(name, self.tokenizer, self.config.training(1).dtype)
+            generator = VLLMGenerator(
+                name,
+                self.tokenizer,
+                self.config.training(1).dtype,
+                trust_remote_code=self.config.trust_remote_code,
+            )
         else:
             generator = TransformersGenerator(self._load(name), self.tokenizer)
         try:
@@ -311,6 +329,11 @@ class _Run:
         return build_labels(rows, threshold=self.config.threshold, seed=self.config.sampling_options(round_).seed)
 
 
+def _is_older(path: Path, than: Path) -> bool:
+    """Whether it was written before, or never."""
+    return not path.exists() or path.stat().st_mtime_ns < than.stat().st_mtime_ns
+
+
 def _watched() -> bool:
     """Whether somebody looks at the bars."""
     return sys.stderr.isatty()
@@ -319,16 +342,9 @@ def _watched() -> bool:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _last_before_the_end(run_dir: Path) -> Path | None:
-    """The last checkpoint that is not of the last step: a Trainer that resumes from that one would go a step too far
-    where steps do not fill an epoch."""
-    states = {path: read_json(path / "trainer_state.json") for path in checkpoints(run_dir)}
-    unfinished = [path for path, state in states.items() if state["global_step"] < state["max_steps"]]
-    return unfinished[-1] if unfinished else None
-
-
 class _Ends(TrainerCallback):
-    """Begins a round with the optimiser of the one before, if there is a file of it, and has its last step logged."""
+    """Begins a round with the optimiser of the one before, if there is a file of it; its last step is logged, and makes
+    no checkpoint: the model comes right after it."""
 
     def __init__(self, optimizer: Path | None) -> None:
         self.optimizer = optimizer
@@ -344,6 +360,15 @@ class _Ends(TrainerCallback):
         """Called by Trainer after every step."""
         if state.global_step >= state.max_steps:
             control.should_log = True
+            # A Trainer that resumes from there would go a step too far where steps do not fill an epoch.
+            control.should_save = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Called by Trainer after every epoch."""
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
 
 def _save_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -363,8 +388,8 @@ def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _last_log(log: list[dict[str, float]]) -> dict[str, float]:
-    """The last entry with a loss: there is one, the last step is logged."""
-    return [entry for entry in log if "loss" in entry][-1]
+    """The last entry with a loss; nothing where a callback ended the training before the first."""
+    return next((entry for entry in reversed(log) if "loss" in entry), {})
 
 
 def _saturated(log: list[dict[str, float]]) -> float | None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 _SHOWN_PROMPTS = 8
 _SHOWN_CHARACTERS = 600
 
-# Colours that stay apart for the colour-blind (Okabe and Ito).
-
 
 def write_report(output_dir: Path, records: Sequence[RoundRecord], rounds: int) -> None:
     """Write ``output_dir/report.html``, which needs no other file.
@@ -65,6 +63,7 @@ _ROWS: tuple[tuple[str, Callable[[RoundRecord], float | None], str], ...] = (
     ("length, times the first round's", lambda record: record.measures.length_ratio, ".2f"),
     ("cut at the length limit", lambda record: record.measures.cut, ".1%"),
     ("repeat another of the prompt", lambda record: record.measures.duplicates, ".1%"),
+    ("empty, drawn anew", lambda record: record.measures.empty, ".1%"),
     ("distinct-2 of a sample", lambda record: record.measures.distinct_2, ".3f"),
     ("distinct-2 over all samples", lambda record: record.measures.distinct_2_overall, ".3f"),
     ("training: loss at the end", _training("loss"), ".4g"),

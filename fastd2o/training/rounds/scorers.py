@@ -124,7 +124,8 @@ class ClassifierScorer:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            # Too long a text loses its beginning: the completion, which is judged, is at its end.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise FastD2OError(
@@ -146,7 +147,14 @@ class ClassifierScorer:
     def __call__(self, batch: list[Candidate]) -> list[float]:
         """One score for each candidate."""
         texts = [self._render(item) for item in batch]
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+        rendered = not isinstance(batch[0]["prompt"], str) and bool(self.tokenizer.chat_template)
+        inputs = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            add_special_tokens=not rendered,  # a chat template has written them
+            return_tensors="pt",
+        ).to(self.model.device)
         return [float(score) for score in self.model(**inputs).logits[:, self.index]]
 
     def _render(self, item: Candidate) -> str:

@@ -37,6 +37,7 @@ from fastd2o.training.files import dump, explained, replace_file
 
 _FORMAT = 1
 _NAME, _LOCK = "state.json", ".lock"
+_EARLY = (_LOCK, f"{_NAME}.tmp")  # what a kill in the first moments of a run leaves
 
 
 class State:
@@ -57,7 +58,7 @@ class State:
             raise FastD2OError(f"output_dir {str(folder)!r} is a file. Fix: give a folder")
         if self.path.exists():
             self._check_same()
-        elif folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
+        elif folder.is_dir() and any(path.name not in _EARLY for path in folder.iterdir()):
             raise FastD2OError(
                 f"output_dir {str(folder)!r} holds files that no run of rounds wrote. Fix: choose another output_dir"
             )
@@ -92,6 +93,8 @@ class State:
                     "another output_dir"
                 ) from error
         try:
+            if self.path.exists():  # by now, perhaps of a run that began after this one looked
+                self._check_same()
             yield
         finally:
             lock.release()
@@ -111,12 +114,19 @@ class State:
                 f"{another}: it was not written by this version of fastd2o. Fix: choose another output_dir"
             )
         names = [name for name in {**theirs, **self.fingerprint} if theirs.get(name) != self.fingerprint.get(name)]
+        if names == ["train"] and not self._has_trained():
+            return
         if names:
             changes = "; ".join(f"{name} was {theirs.get(name)}, now is {self.fingerprint.get(name)}" for name in names)
             raise FastD2OError(
                 f"{another}: {changes}. Fix: give what that run was given to go on with it, or another output_dir. "
-                "Only rounds and limits may change"
+                "Only rounds and limits may change, and train for as long as nothing is trained"
             )
+
+    def _has_trained(self) -> bool:
+        """Whether anything would be lost or mixed if training were to begin with other choices."""
+        left = ("round-*/training.json", "round-*/train/checkpoint-*/trainer_state.json")
+        return any(any(self.path.parent.glob(pattern)) for pattern in left)
 
 
 def round_folder(folder: Path, round_: int) -> Path:

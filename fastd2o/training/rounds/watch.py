@@ -34,13 +34,16 @@ class Measures:
         length_ratio: of that to the first round's.
         cut: share that the length limit ended.
         duplicates: share that repeats an earlier completion of its prompt.
+        empty: draws that were nothing but an end, and so drawn anew or given up, to all draws. All other measures are
+            of what was kept.
         distinct_1, distinct_2: distinct tokens, and pairs of neighbouring tokens, of all such in a sample; mean over
-            the samples. Near 1 unless they go round in circles.
+            the samples. Low where they go round in circles.
         distinct_2_overall: the same over all samples together: how varied they are.
         logp: mean log-probability of a sample under the model that drew it, in nats.
         kl: mean over the samples of log π(y|x) − log π₀(y|x), π₀ being the model that the run began with: an estimate
             of the divergence from it, in nats per sample, under the prompt as it was read (instruction included). At a
-            temperature of 1 and with all tokens (top_p 1) it is unbiased; it may then fall below 0 by chance.
+            temperature of 1, with all tokens (top_p 1) and nothing drawn anew it is unbiased; it may then fall below 0
+            by chance.
         kl_per_token: the same, divided by the mean length.
     """
 
@@ -52,6 +55,7 @@ class Measures:
     length_ratio: float
     cut: float
     duplicates: float
+    empty: float
     distinct_1: float
     distinct_2: float
     distinct_2_overall: float
@@ -67,6 +71,7 @@ class Limits:
     Attributes:
         max_kl: highest ``kl``, in nats per sample.
         max_length_ratio: how many times longer, or shorter, than in the first round the samples may be; above 1.
+        max_empty: largest ``empty``.
         min_distinct_2: lowest ``distinct_2``.
         min_distinct_2_overall: lowest ``distinct_2_overall``.
         max_saturated: largest share of groups, at the end of a round's training, that hardly teach any more.
@@ -77,6 +82,7 @@ class Limits:
 
     max_kl: float | None = None
     max_length_ratio: float | None = None
+    max_empty: float | None = None
     min_distinct_2: float | None = None
     min_distinct_2_overall: float | None = None
     max_saturated: float | None = None
@@ -104,6 +110,7 @@ class Limits:
         found = (
             ("max_kl", measures.kl, f"they are {measures.kl:.3g} nats from the model that the run began with", 1),
             ("max_length_ratio", drift, f"their mean length is {measures.length_ratio:.3g} times the first round's", 1),
+            ("max_empty", measures.empty, f"{measures.empty:.0%} of what was drawn was nothing but an end", 1),
             ("min_distinct_2", measures.distinct_2, f"their distinct-2 is {measures.distinct_2:.3g}", -1),
             (
                 "min_distinct_2_overall",
@@ -136,7 +143,11 @@ class Limits:
 
 
 def measure(
-    rows: Sequence[ScoredRow], logps: Sequence[float], original_logps: Sequence[float], first_length: float | None
+    rows: Sequence[ScoredRow],
+    logps: Sequence[float],
+    original_logps: Sequence[float],
+    first_length: float | None,
+    empty: int = 0,
 ) -> Measures:
     """Measure a round's samples.
 
@@ -145,6 +156,7 @@ def measure(
         logps: one for each sample, row after row: under the model that drew it.
         original_logps: the same under the model that the run began with.
         first_length: the first round's mean length; None: this is the first.
+        empty: draws that were empty, and are not among the samples.
     """
     ids = [sample for row in rows for sample in row.ids]
     scores = [score for row in rows for score in row.scores]
@@ -159,6 +171,7 @@ def measure(
         length_ratio=1.0 if first_length is None else length / first_length,
         cut=_mean(cut for row in rows for cut in row.cut),
         duplicates=1 - sum(len(row.distinct()) for row in rows) / len(ids),
+        empty=empty / (len(ids) + empty),
         distinct_1=_mean(distinct([sample], 1) for sample in ids),
         distinct_2=_mean(distinct([sample], 2) for sample in ids),
         distinct_2_overall=distinct(ids, 2),
