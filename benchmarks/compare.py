@@ -34,7 +34,7 @@ class Change:
     Attributes:
         contest: its key.
         contestant: by name.
-        ours: whether it is FastD2O.
+        ours: whether it is FastD2O with kernels of its own.
         judgement: what it comes to.
         time: after over before; None where one of them has no time.
         low, high: where its noise reaches.
@@ -77,7 +77,9 @@ def compare(before: Report, after: Report, threshold: float = 0.1) -> list[Chang
 
 
 def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> Change:
-    name = (earlier.key, before.contestant, before.contestant.startswith("fastd2o"))
+    # The torch backend's time is torch's.
+    ours = before.contestant.startswith("fastd2o") and before.backend != "torch"
+    name = (earlier.key, before.contestant, ours)
     after = later.row(before.contestant)
     if before.error is not None:
         return Change(*name, "not judged")
