@@ -473,6 +473,14 @@ def test_noise_is_no_regression_and_a_fifth_is(seed: int) -> None:
     assert judgements(report_of(1.5, seed=seed), report_of(seed=seed + 300))["fastd2o cpu"] == "faster"
 
 
+def test_what_torch_does_is_told_and_is_no_regression() -> None:
+    before, after = report_of(), report_of(1.5)
+    for report in (before, after):
+        report.contests[0].rows[1].backend = "torch"
+    (change, _) = compare(before, after)
+    assert (change.judgement, change.ours) == ("slower", False)
+
+
 def test_memory_and_failures_are_compared_too() -> None:
     assert judgements(report_of(), report_of(megabytes=23.0))["fastd2o cpu"] == "more memory"
     assert judgements(report_of(), report_of(megabytes=21.0))["fastd2o cpu"] == "same"
