@@ -324,7 +324,7 @@ def _read_prompt(
             f"max_new_tokens={options.max_new_tokens} that is more than the {context} the model can read. Fix: lower "
             "max_new_tokens, shorten the row, or set bad_rows='drop' to leave such rows out"
         )
-    negative = None if group.negative is None else _as_text(group.negative.content)
+    negative = None if group.negative is None else as_text(group.negative.content)
     return Prompt(row.line, tuple(ids), negative, _row_of(group, row.data), group.conversational)
 
 
@@ -465,7 +465,8 @@ def _prepend(messages: Messages, index: int, instruction: str) -> Messages:
     return [*messages[:index], message, *messages[index + 1 :]]
 
 
-def _as_text(content: Content) -> str:
+def as_text(content: Content) -> str:
+    """Text as it is; messages joined by line breaks."""
     return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
 
 

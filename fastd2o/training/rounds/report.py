@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastd2o.training.files import replace_file
 from fastd2o.training.rounds.state import read_lines, round_folder
+from fastd2o.training.sampling import as_text
 from fastd2o.training.style import BLUE, FAINT, GREEN, GRID, ORANGE, STYLE
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _samples(output_dir: Path, rounds: int) -> list[tuple[str, list[tuple[str, f
 
 
 def _text(content: Any) -> str:
-    text = content if isinstance(content, str) else "\n".join(message["content"] for message in content)
+    text = as_text(content)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
 
 

@@ -19,6 +19,7 @@ import torch
 
 from fastd2o.errors import FastD2OError
 from fastd2o.loading import check_model
+from fastd2o.training.sampling import as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,9 @@ class PatternScorer:
     def __call__(self, batch: list[Candidate]) -> list[float]:
         """One score for each candidate."""
         patterns = _compile(self.patterns)
-        return [-float(sum(bool(pattern.search(_text(item))) for pattern in patterns)) for item in batch]
+        return [
+            -float(sum(bool(pattern.search(as_text(item["completion"]))) for pattern in patterns)) for item in batch
+        ]
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ class ClassifierScorer:
             return prompt + completion
         if self.tokenizer.chat_template:
             return str(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
-        return "\n".join(message["content"] for message in (*prompt, *completion))
+        return as_text([*prompt, *completion])
 
 
 def score_prompt(scorer: Scorer, row: Mapping[str, Any], completions: Sequence[Any], where: str) -> list[float]:
@@ -238,11 +241,6 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         return [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
     except re.error as error:
         raise ValueError(f"scorer: {error.pattern!r} is no regular expression: {error}") from error
-
-
-def _text(item: Candidate) -> str:
-    completion = item["completion"]
-    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
 
 
 def _class_index(name: str, label: str | int | None, classes: Mapping[str, int]) -> int:
