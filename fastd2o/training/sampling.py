@@ -465,7 +465,7 @@ def _prepend(messages: Messages, index: int, instruction: str) -> Messages:
     return [*messages[:index], message, *messages[index + 1 :]]
 
 
-def as_text(content: Content) -> str:
+def as_text(content: str | Sequence[Mapping[str, Any]]) -> str:
     """Text as it is; messages joined by line breaks."""
     return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
 

@@ -118,7 +118,7 @@ def build_anchors(rows: Sequence[ScoredRow]) -> Built:
                 "anchors": [row.completions[index] for index in kept],
                 "anchor_cut": [row.cut[index] for index in kept],
             }
-            negative = {name: row.row[name] for name in ("rejected", "rejected_cut") if name in row.row}
+            negative: dict[str, Any] = {name: row.row[name] for name in ("rejected", "rejected_cut") if name in row.row}
             built.append({"prompt": row.row["prompt"], **negative, **anchors})
     if not built:
         raise FastD2OError(
