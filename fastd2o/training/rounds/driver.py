@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OPTIMIZER = "optimizer.safetensors"
+_WITH_MODELS = ("sample", "measure", "train")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ class _Run:
                 self.state.note(round_, phase)
                 folder.mkdir(exist_ok=True)
                 work(round_, folder)
-                release_memory()
+                if phase in _WITH_MODELS:
+                    release_memory()
             # Left where a kill came between the rename and this.
             partial_path(folder / result).unlink(missing_ok=True)
             if phase == "measure":
