@@ -58,7 +58,7 @@ def kill_when(settings: dict[str, Any], out: Path, moment: Callable[[], bool]) -
 def test_killed_in_sampling_and_in_training(settings, undisturbed, tmp_path):
     out = tmp_path / "out"
     partial = out / "round-1" / "samples.jsonl.partial"
-    kill_when(settings, out, partial.exists)
+    kill_when(settings, out, lambda: partial.exists() and partial.read_bytes().count(b"\n") > 1)
     kept = partial.read_bytes().splitlines(keepends=True)[1:]
     assert 0 < len(kept) < 24
     assert not (out / "round-1" / "samples.jsonl").exists()
