@@ -100,9 +100,11 @@ def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> 
         low, high = (min(new) / max(old), max(new) / min(old)) if few else _noise(old, new)
         beyond = 1 + (2 * threshold if few else threshold)
         judgement = "slower" if low > beyond else "faster" if high < 1 / beyond else "same"
-    allowed = max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0))
-    if judgement != "slower" and memory is not None and abs(memory) > allowed:
-        judgement = "more memory" if memory > 0 else judgement if judgement == "faster" else "less memory"
+    if memory is not None and abs(memory) > max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0)):
+        if memory > 0 and judgement != "slower":
+            judgement = "more memory"
+        elif memory < 0 and judgement in ("same", "not judged"):
+            judgement = "less memory"
     return Change(*name, judgement, time, low, high, memory)
 
 

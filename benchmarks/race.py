@@ -74,10 +74,10 @@ def race(
                 with row.catching():
                     mine.append(lap(runs[row.contestant], device))
 
-    timed = [row for row in rows if row.error is None]
-    valid = {row.contestant: laps[row.contestant] for row in timed}
-    for row in timed:
-        row.record(laps[row.contestant], valid.get(FLOOR, []), valid.get(ours, []))
+    valid = {row.contestant: laps[row.contestant] for row in rows if row.error is None}
+    for row in rows:
+        if row.contestant in valid:
+            row.record(valid[row.contestant], valid.get(FLOOR, []), valid.get(ours, []))
     progress(1.0)
 
 

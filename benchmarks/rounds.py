@@ -37,6 +37,7 @@ from fastd2o.cli.demo_world import INSTRUCTION, load_world
 from fastd2o.cli.libraries import quiet_libraries
 from fastd2o.training.rounds import RoundsConfig, run_rounds
 from fastd2o.training.sampling import sample_anchors
+from fastd2o.training.style import BLUE, GRID
 
 from .results import FOLDER
 
@@ -269,7 +270,7 @@ def draw(seeds: Sequence[dict[str, dict[str, float]]]) -> Figure:
     for axes, (column, title, _) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         share = column.endswith("rate")
         for place, objective in enumerate(METHODS):
-            for way, offset, color in (("once", -0.17, "#999999"), ("iterated", 0.17, "#0072B2")):
+            for way, offset, color in (("once", -0.17, "#999999"), ("iterated", 0.17, BLUE)):
                 values = [seed[f"{objective} {way}"][column] * (100 if share else 1) for seed in seeds]
                 label = way if place == 0 else None
                 axes.bar(place + offset, statistics.mean(values), width=0.3, color=color, alpha=0.55, label=label)
@@ -279,7 +280,7 @@ def draw(seeds: Sequence[dict[str, dict[str, float]]]) -> Figure:
         axes.set_title(title + (" (%)" if share else ""), loc="left", fontweight="bold")
         axes.set_xticks(range(len(METHODS)), ["D2O", "DPO", "Pairwise Cringe", "CRINGE"])
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e8e8e8")
+        axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)
     figure.axes[0].legend(frameon=False)
     return figure

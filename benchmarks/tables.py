@@ -128,7 +128,7 @@ def show(console: Console, report: Report) -> None:
         console.print(f"{quantity} targets: {sum(of_quantity)} of {len(of_quantity)} met", highlight=False)
 
 
-def markdown(report: Report, level: str = "##") -> str:
+def markdown(report: Report) -> str:
     """The same in Markdown, without the targets."""
     parts = [f"{where(report)}.\n"]
     for contest in report.contests:
@@ -136,7 +136,7 @@ def markdown(report: Report, level: str = "##") -> str:
         lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(names) - 1)]
         lines += [f"| {title(row.contestant)} | {' | '.join(cells(contest, row))} |" for row in contest.rows]
         of_floor = f"\n{_floor(contest)}.\n"
-        parts.append(f"{level} {heading(contest)}\n\n" + "\n".join(lines) + f"\n{of_floor}")
+        parts.append(f"## {heading(contest)}\n\n" + "\n".join(lines) + f"\n{of_floor}")
     found = [f"- {line}" for line in remarks(report)]
     return "\n".join([*parts, *found]) + "\n"
 

@@ -68,10 +68,11 @@ def build_pairs(rows: Sequence[ScoredRow]) -> Built:
     """
     built, ties, few = [], 0, 0
     for row in rows:
-        if len(row.distinct()) < 2:
+        distinct = row.distinct()
+        if len(distinct) < 2:
             few += 1
             continue
-        order = sorted(row.distinct(), key=lambda index: row.scores[index])  # stable: the first of equals comes first
+        order = sorted(distinct, key=lambda index: row.scores[index])  # stable: the first of equals comes first
         if row.scores[order[0]] == row.scores[order[-1]]:
             ties += 1
             continue

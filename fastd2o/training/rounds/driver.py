@@ -126,11 +126,12 @@ class _Run:
     ) -> None:
         self.config, self.callbacks, self.say = config, callbacks, say
         self.folder = Path(config.output_dir)
-        self.device = config.training(1).device
+        training = config.training(1)
+        self.device = training.device
         check_model(config.model, "model")
-        if config.training(1).n_gpu > 1:
+        if training.n_gpu > 1:
             raise FastD2OError(
-                f"rounds run on one device, and torch sees {config.training(1).n_gpu}. Fix: CUDA_VISIBLE_DEVICES=0"
+                f"rounds run on one device, and torch sees {training.n_gpu}. Fix: CUDA_VISIBLE_DEVICES=0"
             )
         if config.generator == "vllm":
             import_vllm()
