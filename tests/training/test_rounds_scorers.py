@@ -24,6 +24,7 @@ def test_patterns_count_as_faults_in_text_and_messages():
     texts = ["You are STUPID, and nobody, no body likes you.", "stupidity", "kind"]
     assert scorer([{"completion": text} for text in texts]) == [-2.0, 0.0, 0.0]
     assert scorer([{"completion": message("assistant", text)} for text in texts]) == [-2.0, 0.0, 0.0]
+    assert str(score_prompt(scorer, {"prompt": "p"}, texts, "row 1")) == "[-2.0, 0.0, 0.0]"  # and not -0.0
 
 
 def test_a_function_sees_prompt_completion_and_the_other_columns():

@@ -186,7 +186,7 @@ def score_prompt(scorer: Scorer, row: Mapping[str, Any], completions: Sequence[A
     batch = [{**row, "completion": completion} for completion in completions]
     with _told(where):
         given = scorer(batch)
-        scores = [float(score) for score in given]
+        scores = [float(score) + 0.0 for score in given]  # minus no faults is 0, not -0, in files and reports
     if len(scores) != len(completions):
         raise FastD2OError(
             f"the scorer gave {len(scores)} scores for the {len(completions)} completions of {where}. {_KEPT} Fix: one "
