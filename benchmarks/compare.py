@@ -16,8 +16,26 @@ from typing import Literal
 
 from .results import FLOOR, Contest, Report, Row, ratios
 
-Judgement = Literal["slower", "faster", "more memory", "less memory", "now fails", "gone", "not judged", "same"]
-REGRESSIONS: tuple[Judgement, ...] = ("slower", "more memory", "now fails", "gone")
+Judgement = Literal[
+    "slower",
+    "faster",
+    "more memory",
+    "less memory",
+    "less accurate",
+    "shorter completions",
+    "now fails",
+    "gone",
+    "not judged",
+    "same",
+]
+REGRESSIONS: tuple[Judgement, ...] = (
+    "slower",
+    "more memory",
+    "less accurate",
+    "shorter completions",
+    "now fails",
+    "gone",
+)
 
 _RESAMPLES = 2000
 _COVERED = 0.95
@@ -25,6 +43,10 @@ _COVERED = 0.95
 _LEAST_ROUNDS = 4
 # Memory is the same in every run, but for blocks that one allocator rounds and another does not.
 _MEGABYTES = 1.0
+# An error counts as grown beyond twice what it was, if it is more than the last digits of float32.
+_TIMES_THE_ERROR, _LAST_DIGITS = 2.0, 1e-6
+# The longest completion that fits is found to one part in so many.
+_LONGEST_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -100,12 +122,26 @@ def _change(earlier: Contest, later: Contest, before: Row, threshold: float) -> 
         low, high = (min(new) / max(old), max(new) / min(old)) if few else _noise(old, new)
         beyond = 1 + (2 * threshold if few else threshold)
         judgement = "slower" if low > beyond else "faster" if high < 1 / beyond else "same"
-    if memory is not None and abs(memory) > max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0)):
-        if memory > 0 and judgement != "slower":
-            judgement = "more memory"
-        elif memory < 0 and judgement in ("same", "not judged"):
-            judgement = "less memory"
+    other = _but_for_time(before, after, memory, threshold)
+    if other == "less memory":
+        judgement = other if judgement in ("same", "not judged") else judgement
+    elif other is not None and judgement != "slower":
+        judgement = other
     return Change(*name, judgement, time, low, high, memory)
+
+
+def _but_for_time(before: Row, after: Row, memory: float | None, threshold: float) -> Judgement | None:
+    """What else got worse, or else that memory was saved."""
+    allowed = max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0))
+    if memory is not None and memory > allowed:
+        return "more memory"
+    for name, error in before.errors.items():
+        if after.errors.get(name, 0.0) > max(_LAST_DIGITS, _TIMES_THE_ERROR * error):
+            return "less accurate"
+    shortest = (1 - max(threshold, 1 / _LONGEST_PARTS)) * (before.longest or 0)
+    if after.longest is not None and after.longest < shortest:
+        return "shorter completions"
+    return "less memory" if memory is not None and memory < -allowed else None
 
 
 def _is_in(contestant: str, contest: Contest) -> bool:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .cases import CASES
+from .contestants import peer_names
 from .instruments import within_free_memory
 from .results import Report, machine
 from .session import Entry, Session
@@ -49,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
         report = _continued(report, path)
     previous = None if options.append or path is None else path.with_suffix(".previous.json")
     names = None if peers is None else frozenset(filter(None, peers.split(",")))
+    if unknown := sorted((names or frozenset()) - set(peer_names())):
+        raise pytest.UsageError(f"there is no peer {unknown[0]!r}. The peers are: {', '.join(peer_names())}")
     config.stash[_SESSION] = Session(suite, options.device, report, names, path, previous)
 
 

@@ -25,7 +25,7 @@ from .contestants import Contestant, eager_logprob
 from .instruments import Mark, Run, cache_bytes
 from .products import Products
 from .race import Patience, race
-from .results import FLOOR, Contest, Row
+from .results import FLOOR, LEFT_OUT, Contest, LeftOutError, Row
 
 CHECKED_TOKENS = 256
 # An error beyond this, relative, is no rounding: something else was computed.
@@ -184,7 +184,7 @@ def hold(setup: Setup) -> Contest:
             trial = setup.attempt(row.contestant)
             row.check(trial.errors, WRONG[inputs.hidden.dtype])
             if trial.peak is None:
-                raise TimeoutError(f"left out: a run would take about {trial.seconds:.0f} s")
+                raise LeftOutError(f"{LEFT_OUT}: a run would take about {trial.seconds:.0f} s")
             row.extra_megabytes = (trial.peak - inputs.gradient_bytes) / 1e6
 
     rows.insert(0, Row(FLOOR))

@@ -14,6 +14,7 @@ from fastd2o.ops.plan import DEFAULT_BUDGET
 
 from .cases import CASES, OF_TOKENS
 from .plots import draw, exponent, points, series
+from .preference import aims as aims_of
 from .results import FLOOR, FOLDER, Report, Row, verdicts
 from .steps import OURS, STEPS
 from .tables import heading, title, where
@@ -28,6 +29,8 @@ _PART = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end of figures -->)",
 _SHOWN = {"tokens": 2048, "hidden": 1024, "vocab": 128256, "dtype": "bfloat16"}
 # A peer is faster where it takes less than this of FastD2O's time.
 _FASTER = 0.97
+# A spread beyond this is told with its figure.
+_WIDE = 0.1
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def beside_the_peers() -> str:
     names = dict.fromkeys(row.contestant for contest in contests.values() for row in contest.rows)
     return (
         f"{where(report)}, {date}: {_SHOWN['tokens']} tokens, D {_SHOWN['hidden']}, vocabulary {_SHOWN['vocab']}, "
-        f"{_SHOWN['dtype']}. Time over that of the matrix products alone, and memory.\n\n"
+        f"{_SHOWN['dtype']}. Time over that of the matrix products alone, and memory. `*`: ran once.\n\n"
     ) + _table(
         ["", *(CASES[case].title for case in OF_TOKENS)],
         ([title(name), *(_cell(contest.row(name)) for contest in contests.values())] for name in names),
@@ -113,7 +116,7 @@ def training_steps() -> str:
                 [
                     STEPS[contest.case].title if first else "",
                     title(row.contestant),
-                    "failed" if row.error is not None else time,
+                    row.outcome or time,
                     "" if row.extra_megabytes is None else f"{row.extra_megabytes:,.0f} MB",
                     "" if row.longest is None else f"{row.longest:,d}",
                 ]
@@ -127,7 +130,10 @@ def preference() -> str:
     report = Report.read(PREFERENCE)
     (contest,) = report.contests
     shape, rows = contest.shape, {row.contestant: row for row in contest.rows}
-    half = rows["grouped, half saturated"].errors["backward_over_unsaturated"]
+    judged = [
+        f"{name} {figure:,.4g} (aim {most:,.4g}{'' if figure <= most else ', missed'})"
+        for name, figure, most in aims_of(contest)
+    ]
     names = {
         "grouped": "`linear_preference_loss`",
         "grouped, half saturated": "the same, half of the groups saturated (`coefficient_tol`)",
@@ -138,7 +144,7 @@ def preference() -> str:
         f"{where(report)}, {contest.date}: D2O, {shape['tokens']} tokens in groups of four sequences, "
         f"D {shape['hidden']}, vocabulary {shape['vocab']}, {shape['dtype']}, "
         f"budget {DEFAULT_BUDGET / 1e6:,.0f} MB, with an allocator that keeps its memory. "
-        f"Of the backward, saturating half of the groups leaves {half:.2f}.\n\n"
+        f"`linear_preference_loss`, at most: {'; '.join(judged)}.\n\n"
     )
     return head + _table(
         ["", "time over 6 T·D·V of products", "over recompute", "memory"],
@@ -240,7 +246,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.error is not None:
-        return "failed"
+        return row.outcome
     if row.over_products is None:
         return ""
     if row.contestant == FLOOR:
@@ -248,6 +254,7 @@ def _cell(row: Row | None) -> str:
     ratio = f"{row.over_products:.2f}" if row.over_products < 10 else f"{row.over_products:.0f}"
     ratio = f"**{ratio}**" if row.backend is not None else ratio
     ratio += "*" if row.rounds == 1 else ""
+    ratio += f" ± {row.spread:.0%}" if row.spread is not None and row.spread > _WIDE else ""
     return ratio if row.extra_megabytes is None else f"{ratio} · {row.extra_megabytes:,.0f} MB"
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 
 from .cases import CASES
-from .results import FLOOR, Contest, Report
+from .results import FLOOR, Contest, Report, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,13 +36,12 @@ _COLOURS = {
     "eager float32": "#c7c7c7",
 }
 _CASES = ("forward", "frozen", "trained")
+_ERRORS = {"the values": ("value",), "the gradients": ("hidden_gradient", "weight_gradient")}
 _GROWING = {"tokens": "tokens T", "vocab": "vocabulary V"}
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
     """Write every picture for which the report has figures, as PNG and SVG; their paths, without the ending."""
-    import matplotlib as mpl
-
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "fastd2o"  # the same figures, the same file
     mpl.rcParams["axes.titlesize"] = 9
@@ -128,54 +128,64 @@ def _growth(report: Report, axis: Literal["tokens", "vocab"], quantity: Literal[
 
 
 def _error_against_speed(report: Report) -> Figure | None:
-    """A panel for each case: to the left is faster, below is more accurate."""
-    found = [_most_contestants(report, case) for case in _CASES if any(True for _ in report.of(case))]
-    if not found:
+    """Panels of the values and of the gradients of each case: to the left is faster, below is more accurate."""
+    found = _at_one_shape(report, _CASES)
+    wanted = [(contest, of) for of in _ERRORS for contest in found if any(_error(row, of) for row in contest.rows)]
+    if not wanted:
         return None
-    figure, panels = _panels(len(found))
-    for panel, contest in zip(panels, found, strict=True):
+    figure, panels = _panels(len(wanted))
+    for panel, (contest, of) in zip(panels, wanted, strict=True):
         for row in contest.rows:
-            worst = max(row.errors.values(), default=0.0)
-            if row.over_products is not None and worst > 0:
+            error = _error(row, of)
+            if row.over_products is not None and error > 0:
                 panel.plot(
-                    row.over_products, worst, marker="o", linestyle="", label=row.contestant, **_style(row.contestant)
+                    row.over_products, error, marker="o", linestyle="", label=row.contestant, **_style(row.contestant)
                 )
         panel.axvline(1.0, color="black", linewidth=0.8)
         panel.set(xscale="log", yscale="log", xlabel="time over the matrix products alone", title=_of(contest))
-        panel.set_ylabel("largest relative error against float64")
+        panel.set_ylabel(f"relative error of {of}")
         panel.grid(alpha=0.3, which="both")
         _legend(panel)
     return figure
 
 
+def _error(row: Row, of: str) -> float:
+    """The largest of those that belong together; 0 where there is none."""
+    return max((row.errors.get(name, 0.0) for name in _ERRORS[of]), default=0.0)
+
+
 def _shares(report: Report) -> Figure | None:
     """Bars: which share of its time a contestant would need for the bare products, case by case."""
-    cases = [case for case in CASES if any(True for _ in report.of(case))]
-    if not cases:
+    found = {
+        _of(contest): {row.contestant: 1 / row.over_products for row in contest.rows if row.over_products}
+        for contest in _at_one_shape(report, tuple(CASES))
+    }
+    found = {title: shares for title, shares in found.items() if shares.keys() - {FLOOR}}
+    if not found:
         return None
-    figure, panels = _panels(len(cases))
-    for panel, case in zip(panels, cases, strict=True):
-        contest = _most_contestants(report, case)
-        rows = [row for row in contest.rows if row.contestant != FLOOR and row.over_products]
-        shares = [1 / row.over_products for row in rows if row.over_products]
-        names = [row.contestant for row in rows]
+    figure, panels = _panels(len(found))
+    for panel, (title, share_of) in zip(panels, found.items(), strict=True):
+        names = [name for name in share_of if name != FLOOR]
+        shares = [share_of[name] for name in names]
         bars = panel.barh(names, shares, color=[_style(name)["color"] for name in names])
         panel.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=7, padding=2)
         panel.axvline(1.0, color="black", linewidth=0.8)
-        panel.set(xlabel="matrix products alone / time", title=_of(contest), xlim=(0, max([1.15, *shares]) * 1.1))
+        panel.set(xlabel="matrix products alone / time", title=title, xlim=(0, max([1.15, *shares]) * 1.1))
         panel.invert_yaxis()
         panel.tick_params(axis="y", labelsize=7)
     return figure
 
 
-def _most_contestants(report: Report, case: str) -> Contest:
-    """Of a case the contest that most have finished, and the largest of those."""
+def _at_one_shape(report: Report, cases: Sequence[str]) -> list[Contest]:
+    """The contests at the shape at which most of the cases were held, bfloat16 and the largest of several."""
+    groups: dict[tuple[object, ...], list[Contest]] = {}
+    for contest in (contest for case in cases for contest in report.of(case)):
+        groups.setdefault(tuple(contest.shape.values()), []).append(contest)
 
-    def rank(contest: Contest) -> tuple[int, bool, int]:
-        finished = sum(row.over_products is not None for row in contest.rows)
-        return finished, contest.shape["dtype"] == "bfloat16", int(contest.flops)
+    def rank(group: Sequence[Contest]) -> tuple[int, bool, float]:
+        return len(group), group[0].shape["dtype"] == "bfloat16", sum(contest.flops for contest in group)
 
-    return max(report.of(case), key=rank)
+    return max(groups.values(), key=rank, default=[])
 
 
 def _contestants(contests: Sequence[Contest]) -> list[str]:

@@ -106,6 +106,6 @@ def _blocks(length: int, step: int) -> Iterator[slice]:
 
 def _best_time(products: Products) -> float:
     times: list[float] = []
-    while sum(times) < _TRIAL_SECONDS:
+    while len(times) < 2 or sum(times) < _TRIAL_SECONDS:  # the first finds its memory new
         times.append(timed(products, products.hidden_TD.device.type))
     return min(times)

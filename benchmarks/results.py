@@ -25,6 +25,7 @@ from .instruments import Lap
 SCHEMA = 2  # of the file; 1 had a file for each shape
 FOLDER = Path(__file__).parent / "results"
 FLOOR = "products alone"
+LEFT_OUT = "left out"
 # Whose versions matter to somebody's figures.
 _LIBRARIES = (
     "fastd2o",
@@ -46,6 +47,10 @@ class WrongError(Exception):
     """Something else than what was asked for has been computed."""
 
 
+class LeftOutError(Exception):
+    """A run would take longer than anybody is ready to wait."""
+
+
 @dataclass
 class Row:
     """One contestant in one contest.
@@ -57,12 +62,13 @@ class Row:
         rounds: how many runs were timed.
         seconds, min, max: of these, the median, the fastest, the slowest.
         forward, backward: seconds, medians; their sum need not be ``seconds``.
-        forward_spread, backward_spread: half of the range of the middle half, over the median.
+        forward_spread, backward_spread: half of the range of all rounds, over the median.
         times: seconds of every round, in the order of rounds, which is the same for all rows of a contest; some sit out
             the last.
         over_products: time over the bare products' in the same round, the median of that.
-        spread: half of the range that the middle half of those ratios covers, over their median; in a training step,
-            which has no such ratios, of those to FastD2O's, and FastD2O's own of its times.
+        spread: half of the range of those ratios, over their median, so that two runs agree within the sum of theirs
+            (tried: docs/benchmarks.md); in a training step, which has no such ratios, of those to FastD2O's, and
+            FastD2O's own of its times.
         over_fastd2o: as ``over_products``, over FastD2O's on the device's own kernels.
         extra_megabytes: the most memory beyond inputs, results and gradients; None if it was not measured.
         longest: tokens of the longest completion with which a training step stays within the budget.
@@ -88,6 +94,13 @@ class Row:
     longest: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def outcome(self) -> str:
+        """What a table says in place of a time: nothing, where there is one."""
+        if self.error is None:
+            return ""
+        return LEFT_OUT if self.error.startswith(LEFT_OUT) else "failed"
+
     @contextmanager
     def catching(self) -> Iterator[None]:
         """A contestant may fail in any way: it says so on its row, and the others go on."""
@@ -103,8 +116,9 @@ class Row:
             WrongError: one is beyond the bound, or no number.
         """
         self.errors = {name: error for name, error in errors.items() if math.isfinite(error)}
-        if not within(errors, bound):
-            raise WrongError(f"beyond {bound:g} of float64")
+        wrong = [f"{name} is off by {error:.2g}" for name, error in errors.items() if not error <= bound]
+        if wrong:
+            raise WrongError(f"{', '.join(wrong)}, relative to float64; the bound is {bound:g}")
 
     def record(self, laps: Sequence[Lap], floor: Sequence[Lap], ours: Sequence[Lap]) -> None:
         """Fill in the times. Laps of the same round stand at the same place; a contestant that ran but once is compared
@@ -239,9 +253,11 @@ def within(errors: dict[str, float], bound: float) -> bool:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Its type and message. One that came from another process has its type in its message."""
+    """Its type and message. One that came from another process has its type in its message, and what is left out is no
+    failure."""
     message = " ".join(str(error).split())
-    return (message if type(error) is TriedError else f"{type(error).__name__}: {message}")[:300]
+    of_ours = isinstance(error, TriedError | LeftOutError)
+    return (message if of_ours else f"{type(error).__name__}: {message}")[:300]
 
 
 def shape_text(shape: dict[str, Any]) -> str:
@@ -262,11 +278,10 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def half_range(values: Sequence[float]) -> float | None:
-    """Half of what the middle half of the values covers, over their median; None for fewer than three."""
+    """Half of what the values cover, over their median; None for fewer than three."""
     if len(values) < 3:
         return None
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2 / middle
+    return (max(values) - min(values)) / 2 / statistics.median(values)
 
 
 def _rounded(value: Any) -> Any:

@@ -26,7 +26,7 @@ TITLES = {
 }
 
 COLUMNS = ("contestant", "seconds", "forward", "backward", "/ products", "±", "/ fastd2o", "MB", "error", "dX", "dW")
-_OF_STEPS = ("contestant", "seconds", "forward", "backward", "/ fastd2o", "MB", "longest", "error")
+_OF_STEPS = ("contestant", "seconds", "forward", "backward", "±", "/ fastd2o", "MB", "longest", "error")
 
 
 def title(contestant: str) -> str:
@@ -71,8 +71,7 @@ def cells(contest: Contest, row: Row) -> list[str]:
         return "" if value is None else format(value, form)
 
     seconds = "" if row.seconds is None else f"{row.seconds:.3g}" + ("*" if row.rounds == 1 else "")
-    if row.error is not None:
-        seconds = "failed"
+    seconds = row.outcome or seconds
     split = row.backward is not None and row.backward > 0
     found = {
         "seconds": seconds,

@@ -46,19 +46,21 @@ class Judge:
         return Trial(errors, seconds, bytes_at_peak)
 
     def _seconds(self, contestant: Contestant, most_seconds: float) -> float:
-        """Of a run at full size, about: no more than in proportion to its tokens. If that is too much, what a call
-        costs anyway is told from what each token costs."""
-        tokens, few = len(self.inputs.target), len(self.few.target)
-
-        def time(inputs: Inputs) -> float:
-            return lap(functools.partial(inputs.run, contestant), inputs.hidden.device.type).both
-
-        at_few = time(self.few)
-        if at_few * tokens / few <= most_seconds:
-            return at_few * tokens / few
-        fewer = self.inputs.few(few // 4)
-        per_token = (at_few - time(fewer)) / (few - len(fewer.target))
-        return at_few + max(0.0, per_token) * (tokens - few)
+        """Of a run at full size, about: no more than in proportion to its tokens. While that is too much, twice as many
+        are tried, and what a call costs anyway is told from what each token costs; some cut many tokens up more
+        coarsely than few. What takes more than a quarter of that time is not tried with more."""
+        device = self.inputs.hidden.device.type
+        tokens, some = len(self.inputs.target), len(self.few.target)
+        measured = lap(functools.partial(self.few.run, contestant), device).both
+        seconds = measured * tokens / some
+        while seconds > most_seconds and some < tokens and 4 * measured <= most_seconds:
+            before, fewer = measured, some
+            some = min(2 * some, tokens)
+            run = functools.partial(self.inputs.few(some).run, contestant)
+            lap(run, device)  # may compile for this many
+            measured = lap(run, device).both
+            seconds = measured + max(0.0, measured - before) / (some - fewer) * (tokens - some)
+        return seconds
 
     def _last_values(self) -> Tensor:
         hidden, target = self.inputs.hidden.detach()[-_LAST_TOKENS:], self.inputs.target[-_LAST_TOKENS:]

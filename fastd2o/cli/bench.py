@@ -44,7 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=about)
     parser.set_defaults(suite="default")
     parser.add_argument("--gpu", action="store_true", help="on CUDA, with its own suites (default: the CPU)")
-    shape = parser.add_argument_group("cases and shapes instead of the suite's; all combinations")
+    shape = parser.add_argument_group(
+        "cases and shapes instead of the suite's; all combinations, and what is not given as in the default suite"
+    )
     shape.add_argument("--cases", nargs="+", choices=_CASES, metavar="CASE", help=f"of: {', '.join(_CASES)}")
     shape.add_argument("--tokens", type=int, nargs="+", metavar="T", help="of a step: of each completion")
     shape.add_argument("--hidden", type=int, nargs="+", metavar="D", help="the hidden states' size")
@@ -103,7 +105,7 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     results.write_aside(markdown, f"# Results\n\n{tables.markdown(report)}{links}")
     for written in (path, markdown, *(picture.with_suffix(".png") for picture in pictures)):
         console.print(f"written: {written}", highlight=False, markup=False)
-    if (args.out / _PREVIOUS).exists():
+    if (args.out / _PREVIOUS).exists() and not args.append:
         console.print(
             f"compare with the run before: fastd2o bench compare {args.out / _PREVIOUS} {path}",
             highlight=False,
@@ -115,8 +117,9 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
 def _check(args: argparse.Namespace, cases: Any, steps: Any, peers: list[str], device: str) -> None:
     """Refuse what could only fail later."""
     for name in ("tokens", "hidden", "vocab"):
-        if any(value < 1 for value in getattr(args, name) or ()):
-            raise UsageError(f"--{name} has a value below 1")
+        small = [value for value in getattr(args, name) or () if value < 1]
+        if small:
+            raise UsageError(f"--{name} {small[0]} is below 1. Fix: positive numbers")
     shaped = any((args.tokens, args.hidden, args.vocab, args.dtype))
     chosen = args.cases or (list(cases.CASES) if shaped else [])
     losses = [name for name in chosen if name in cases.POSITIVES]
@@ -127,11 +130,19 @@ def _check(args: argparse.Namespace, cases: Any, steps: Any, peers: list[str], d
             f"share them out to. Fix: --tokens {uneven[0] + cases.SEQUENCES - uneven[0] % cases.SEQUENCES}, or --cases "
             "without them"
         )
-    if "cringe" in chosen and any(vocab <= cases.CRINGE_K for vocab in args.vocab or ()):
-        raise UsageError(f"--vocab is too small for cringe, which needs more than its k = {cases.CRINGE_K} tokens")
+    tiny = [vocab for vocab in args.vocab or () if vocab <= cases.CRINGE_K]
+    if "cringe" in chosen and tiny:
+        raise UsageError(
+            f"--vocab {tiny[0]} is too small for cringe, which draws among k = {cases.CRINGE_K} tokens beside the "
+            f"negative. Fix: --vocab {cases.CRINGE_K + 1} or more, or --cases without it"
+        )
     of_steps = [name for name in chosen if name in steps.STEPS]
-    if of_steps and any(hidden % 64 for hidden in args.hidden or ()):
-        raise UsageError(f"--hidden is not a multiple of 64, the size of a head of attention in {of_steps[0]}")
+    odd = [hidden for hidden in args.hidden or () if hidden % 64]
+    if of_steps and odd:
+        raise UsageError(
+            f"--hidden {odd[0]} is not a multiple of 64, the size of a head of attention in {of_steps[0]}. Fix: "
+            f"--hidden {odd[0] + 64 - odd[0] % 64}, or --cases without steps"
+        )
     if of_steps and args.dtype:
         raise UsageError(f"--dtype does not apply to {of_steps[0]}, which is bfloat16. Fix: leave one of them out")
     unknown = [name for name in args.peers or () if name not in (*peers, "none")]
@@ -169,12 +180,16 @@ def _pytest(args: argparse.Namespace, device: str, path: Path) -> int:
         arguments += ["--peers", ",".join(name for name in args.peers if name != "none")]
     if args.only:
         arguments += ["-k", args.only]
-    failures = _Failures()
+    failures, before = _Failures(), path.stat().st_mtime_ns if path.exists() else None
     code = int(pytest.main(arguments, plugins=[failures]))
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise UsageError(f"no contest has {args.only!r} in its name")
+        raise UsageError(f"no contest has {args.only!r} in its name. Fix: words of the names of cases and contestants")
     if code == pytest.ExitCode.INTERRUPTED and not failures.messages:
-        raise KeyboardInterrupt(f"interrupted; what was measured until then is in {path}")
+        written = path.exists() and path.stat().st_mtime_ns != before
+        told = (
+            f"what was measured until then is in {path}" if written else "no contest had ended, so nothing is written"
+        )
+        raise KeyboardInterrupt(f"interrupted; {told}")
     if failures.messages or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise FastD2OError(
             " ".join(failures.messages) or f"pytest ended with exit code {code}; the reason stands above"
