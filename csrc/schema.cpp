@@ -1,7 +1,7 @@
 // The operators that `csrc` implements, declared once; csrc/cpu and csrc/cuda register an implementation each.
 //
-// Letters: T tokens, N columns of a tile of logits, K candidates or inner size, S sequences, G groups. What `fold_`, `grad_`
-// and `topk_` do is the contract of fastd2o/ops/tile_ops.py. State is kept as [T, 1] columns, contiguous or not.
+// Letters: T tokens, N columns of a tile of logits, K candidates or inner size, S sequences, G groups. What `fold_`, `grad_`,
+// `scale_` and `topk_` do is the contract of fastd2o/ops/tile_ops.py. State is kept as [T, 1] columns, contiguous or not.
 #include <torch/csrc/stable/library.h>
 
 // What becomes of a raw logit u: z = softcap(logit_scale * u) / temperature.
@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(fastd2o_native, m) {
   m.def(
       "grad_(Tensor(a!) out, Tensor logits, Tensor target, int vocab_start, Tensor lse_others, Tensor coef, " TRANSFORM
       ") -> ()");
+  // out [T, N] = scale [T, 1] * weights [T, N], rounded once; the two may be the same. CPU only.
+  m.def("scale_(Tensor(a!) out, Tensor weights, Tensor scale) -> ()");
   m.def("topk_(Tensor logits, Tensor target, int vocab_start, Tensor(a!) values, Tensor(b!) index, " TRANSFORM ") -> ()");
 
   // One of the candidates [T, K] of every token by Philox at (seed, counter): its column, -1 where none is finite, and its

@@ -1,10 +1,11 @@
-// fold_, grad_ and topk_ on a tile of float32 logits that is still in cache; contract: fastd2o/ops/tile_ops.py.
+// fold_, grad_ and topk_ on a tile of float32 logits that is still in cache, and scale_ on softmax weights that were kept;
+// contract: fastd2o/ops/tile_ops.py.
 //
 // logits [T, N] float32, rows contiguous. weights and out [T, N] float32, bfloat16 or float16.
 //
 // Work per logit: fold_ reads it twice, the second time from the first-level cache: a maximum, then a subtraction, an exponential
-// (15 instructions for a register of them) and an addition. grad_ reads it once. Bytes: a read of the tile, and a write where
-// weights or gradients are wanted. One thread takes whole rows, so the bits do not depend on how many threads there are.
+// (15 instructions for a register of them) and an addition. grad_ reads it once; scale_ is a
+// multiplication. Bytes: a read of the tile, and a write where weights or gradients are wanted; scale_ reads from memory. One thread takes whole rows, so the bits do not depend on how many threads there are.
 //
 // Written once in at::vec, compiled for AVX-512, AVX2 and for any machine.
 #include <ATen/cpu/vec/functional.h>
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "cpu/tensors.h"
@@ -84,6 +86,16 @@ Vec load(const float* from, int64_t count) {
   std::fill_n(padded, Vec::size(), -kInfinity);
   std::copy_n(from, count, padded);
   return Vec::loadu(padded);
+}
+
+// Two registers of a row; what they have beyond it is anything.
+template <typename T>
+std::tuple<Vec, Vec> load_two(const T* from, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {load(from, count), count > Vec::size() ? load(from + Vec::size(), count - Vec::size()) : Vec(0.0f)};
+  } else {
+    return at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(from, std::min<int64_t>(count, 2 * Vec::size())));
+  }
 }
 
 template <typename T>
@@ -328,6 +340,40 @@ void grad_(Tensor out, Tensor logits, Tensor target, int64_t vocab_start, Tensor
   grad_rows<Half>(out, logits, targets, vocab_start, lse, coefs, transform);
 }
 
+template <typename Number>
+void scale_rows(const Tensor& out, const Tensor& weights, const Column<const float>& scale) {
+  const Number* const rows = static_cast<const Number*>(weights.const_data_ptr());
+  Number* const out_rows = static_cast<Number*>(out.mutable_data_ptr());
+  const int64_t columns = weights.size(1), stride = weights.stride(0), out_stride = out.stride(0);
+  parallel_for(weights.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const Vec factor(scale[t]);
+      for (int64_t i = 0; i < columns; i += 2 * Vec::size()) {
+        const auto [low, high] = load_two(rows + t * stride + i, columns - i);
+        store(out_rows + t * out_stride + i, low * factor, high * factor, columns - i);
+      }
+    }
+  });
+}
+
+void scale_(Tensor out, Tensor weights, Tensor scale) {
+  constexpr const char* op = "scale_";
+  check_dtype(op, "weights", weights, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check_dtype(op, "out", out, {weights.scalar_type()});
+  check_rows(op, "weights", weights, false);
+  check_rows(op, "out", out, true);
+  STD_TORCH_CHECK(out.size(0) == weights.size(0) && out.size(1) == weights.size(1), op, ": expected out of weights' shape [",
+                  weights.size(0), ", ", weights.size(1), "]");
+  STD_TORCH_CHECK(out.numel() == 0 || out.const_data_ptr() != weights.const_data_ptr() || out.size(0) <= 1 ||
+                      out.stride(0) == weights.stride(0),
+                  op, ": out shares memory with weights but has another row stride");
+  const auto factors = column<const float>(op, "scale", scale, weights.size(0));
+  if (weights.numel() == 0) return;
+  if (weights.scalar_type() == ScalarType::Float) return scale_rows<float>(out, weights, factors);
+  if (weights.scalar_type() == ScalarType::BFloat16) return scale_rows<BFloat16>(out, weights, factors);
+  scale_rows<Half>(out, weights, factors);
+}
+
 // Whether a logit ranks above another. NaN ranks above all others, so that it is seen.
 bool above(float a, float b) {
   return a > b || (std::isnan(a) && !std::isnan(b));
@@ -394,5 +440,6 @@ void topk_(Tensor logits, Tensor target, int64_t vocab_start, Tensor values, Ten
 STABLE_TORCH_LIBRARY_IMPL(fastd2o_native, CPU, m) {
   m.impl("fold_", TORCH_BOX(&fastd2o::fold_));
   m.impl("grad_", TORCH_BOX(&fastd2o::grad_));
+  m.impl("scale_", TORCH_BOX(&fastd2o::scale_));
   m.impl("topk_", TORCH_BOX(&fastd2o::topk_));
 }

@@ -28,7 +28,7 @@ from fastd2o.ops.kept import Kept, active_columns
 from fastd2o.ops.pages import in_huge_pages
 from fastd2o.ops.plan import GATHER_BYTES, kept_columns
 from fastd2o.ops.tile_ops import FoldState, FusedOps, LogitTransform, StatisticsState, TileOps, TopKState
-from fastd2o.ops.torch_tile_ops import locate, scale_rows
+from fastd2o.ops.torch_tile_ops import locate
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class Tiling:
         """The same, of a backend that fuses."""
         return cast(FusedOps, self.ops(head))
 
-    def tile(self, tokens: int, head: Head, *, factors: bool) -> _Tile:
-        """Memory for one tile, used for all of them; with ``factors``, for what is to be multiplied again as well."""
+    def tile(self, tokens: int, head: Head, *, logits: bool, factors: bool) -> _Tile:
+        """Memory for one tile, used for all of them: of ``logits``, of ``factors`` of the next product, or of both."""
         elements = min(self.block_tokens, tokens) * min(self.block_vocab, head.vocab_size)
         device = head.weight_VD.device
-        logits_dtype = self.dtype if self.fused else tile_dtype(self.dtype, device.type, self.backend)
-        logits = torch.empty(elements, dtype=logits_dtype, device=device)
-        if not factors or logits.dtype == self.dtype:
-            return _Tile(logits, logits)
+        dtype = tile_dtype(self.dtype, device.type, self.backend) if logits else self.dtype
+        memory = torch.empty(elements, dtype=dtype, device=device)
+        if not factors or dtype == self.dtype:
+            return _Tile(memory, memory)
         # 16-bit factors of the next product fit over 16-bit logits, but not over wider ones that are still being read.
-        return _Tile(logits, torch.empty(elements, dtype=self.dtype, device=device))
+        return _Tile(memory, torch.empty(elements, dtype=self.dtype, device=device))
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _fold_tiles(
     """A product into a tile of memory, then its fold, up to a column; where it is asked for, the unit gradient, or the
     softmax weights for a backward."""
     tokens = len(hidden_TD)
-    ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=unit_TD is not None)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head, logits=True, factors=unit_TD is not None)
     for rows in _blocks(tokens, tiling.block_tokens):
         block = _rows_of(state, rows)
         mean_weight_TD: Tensor | None = None
@@ -365,7 +365,7 @@ def logodds_backward(
     target = _Columns.of(head, target_T, hidden_TD)
     target_coef_T1 = coef_T1 if target.bend_T1 is None else coef_T1 * target.bend_T1
     dhidden_TD = target.weight_TD.mul_(target_coef_T1) if need_hidden else None
-    ops, tile = tiling.ops(head), tiling.tile(tokens, head, factors=True)
+    ops, tile = tiling.ops(head), tiling.tile(tokens, head, logits=not tiling.fused, factors=True)
     lse_others_T1 = lse_others_T.unsqueeze(1)
     active = None
     if kept is not None and mass_tol_T1 is not None:
@@ -395,7 +395,7 @@ def logodds_backward(
             if is_kept:
                 assert kept is not None
                 weights_TN = kept.take(slab.start, rows, columns, grad_TN)
-                scale_rows(weights_TN, kept.factor(slab.start, rows, lse_others_T1[rows]) * -coef_T1[rows], grad_TN)
+                ops.scale(weights_TN, kept.factor(slab.start, rows, lse_others_T1[rows]) * -coef_T1[rows], grad_TN)
             else:
                 of_rows = (target_T[rows].unsqueeze(1), slab.start, lse_others_T1[rows], coef_T1[rows], grad_TN)
                 if tiling.fused:
@@ -504,7 +504,7 @@ def cringe_forward(
     if tiling.fused:
         _fold_products(hidden_TD, head, target_T, tiling, state, top)
     else:
-        tile = tiling.tile(tokens, head, factors=False)
+        tile = tiling.tile(tokens, head, logits=True, factors=False)
         for rows in _blocks(tokens, tiling.block_tokens):
             block, block_top = _rows_of(state, rows), TopKState(top.values[rows], top.index[rows])
             target_T1 = target_T[rows].unsqueeze(1)

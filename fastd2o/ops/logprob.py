@@ -25,6 +25,7 @@ from fastd2o.ops.counted import Counted
 from fastd2o.ops.kept import Kept
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
+from fastd2o.ops.torch_tile_ops import scale_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -434,6 +435,19 @@ def empty_gradients(
     return grads[0], grads[1], grads[2]
 
 
+@torch.library.custom_op("fastd2o::unit_backward", mutates_args=())
+def _unit_backward_op(coef: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``."""
+    dhidden = unit.new_empty(unit.shape, dtype=dtype)
+    scale_rows(unit, coef.unsqueeze(1), dhidden)
+    return dhidden
+
+
+@_unit_backward_op.register_fake
+def _(coef: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    return unit.new_empty(unit.shape, dtype=dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-8]
     _, lse_others, unit, *_, kept, kept_max = output
@@ -468,7 +482,7 @@ def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor |
     coef = torch.where(target == ctx.ignore_index, 0.0, grad_logodds)
     if ctx.algorithm == "unit":
         (unit,) = saved
-        return ((unit * coef.unsqueeze(1)).to(ctx.hidden_dtype), None, None, None, *no_gradient)
+        return (torch.ops.fastd2o.unit_backward(coef, unit, ctx.hidden_dtype), None, None, None, *no_gradient)
     hidden, weight, bias, *of_forward = saved
     need = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastd2o.logodds_backward(coef, hidden, weight, bias, target, *of_forward, *ctx.options, *need)

@@ -83,6 +83,10 @@ class CpuTileOps(_NativeTileOps):
         """See :meth:`fastd2o.ops.tile_ops.TileOps.product`."""
         self._native.product_(out_MN, left_MK, right_KN, bias_N, accumulate)
 
+    def scale(self, weights_TN: Tensor, scale_T1: Tensor, out_TN: Tensor) -> None:
+        """See :meth:`fastd2o.ops.tile_ops.TileOps.scale`."""
+        self._native.scale_(out_TN, weights_TN, scale_T1)
+
 
 class CudaTileOps(_NativeTileOps):
     """``csrc/cuda``: the vendor's library multiplies, and delivers float32."""
@@ -93,7 +97,7 @@ class CudaTileOps(_NativeTileOps):
     def __init__(self, transform: LogitTransform, dtype: torch.dtype) -> None:
         super().__init__(transform, dtype)
         self._torch = TorchTileOps(transform, dtype)
-        self.product = self._torch.product
+        self.product, self.scale = self._torch.product, self._torch.scale
 
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
         """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`."""

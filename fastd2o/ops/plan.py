@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,8 +34,11 @@ _MIN_BLOCK_VOCAB = 1024
 _BAND_COPIES = 6
 # Bytes of the panels that csrc/cpu/product.cpp packs at a time.
 _PACKED_BYTES = 4 << 20
-# Bytes at most of what the splits of a fused kernel leave to be merged.
-_PARTIAL_BYTES = 16 << 20
+# Bytes at most of what the splits of a fused kernel leave to be merged, unless one split needs more: for every token a
+# few sums, in Cringe's pass two sums and up to 64 candidates.
+PARTIAL_BYTES = 16 << 20
+_SPLIT_BYTES_PER_TOKEN = {"cringe": 8 + 64 * 8}
+_SUMS_BYTES_PER_TOKEN = 20
 # Bytes that the grouped algorithm may take when nobody says how many.
 DEFAULT_BUDGET = 1 << 30
 # Parts of fewer tokens than this add to the weight's gradient too often.
@@ -195,24 +199,29 @@ class Plan:
         if algorithm == "grouped":
             return plan._in_parts(DEFAULT_BUDGET if memory_budget is None else memory_budget)
         if algorithm == "recompute" and memory_budget is not None:
-            return plan._keeping(memory_budget - plan.extra_bytes)
+            return plan._keeping(memory_budget)
         return plan
 
-    def _keeping(self, free: int) -> Plan:
-        """With so many bytes at most for kept softmax weights, and what they are relative to."""
-        free -= self.tokens * self._maxima_bytes
+    def _keeping(self, budget: int) -> Plan:
+        """With what a budget leaves for kept softmax weights."""
+        free = self._room(budget) - self.tokens * self._maxima_bytes
         return replace(self, kept_bytes=min(max(0, free), self.tokens * self._row_bytes))
+
+    def _room(self, budget: int) -> int:
+        """What a budget leaves for kept softmax weights, and what they are relative to. They are formed of tiles of
+        logits in memory, which a plan that fuses has otherwise none of."""
+        return budget - self.extra_bytes - (self._logits_bytes if self.fused else 0)
 
     def _in_parts(self, budget: int) -> Plan:
         """All tokens at once if the budget lets them; else parts, which have to be summed, if that pays."""
-        whole = self._keeping(budget - self.extra_bytes)
+        whole = self._keeping(budget)
         # Every part adds to sums of [V, D]: no less work than to form a quarter of the logits again.
         if 4 * whole.kept_columns >= 3 * self.vocab_size:
             return whole
         # What a part takes besides grows with it up to one tile.
         for largest in (self.tokens, _LEAST_PART_TOKENS):
             parts = replace(self, part_tokens=max(1, min(largest, self.block_tokens)))
-            part_tokens = min(largest, (budget - parts.extra_bytes) // (self._row_bytes + self._maxima_bytes))
+            part_tokens = min(largest, parts._room(budget) // (self._row_bytes + self._maxima_bytes))
             if part_tokens >= _LEAST_PART_TOKENS:
                 return replace(parts, part_tokens=part_tokens, kept_bytes=part_tokens * self._row_bytes)
         return whole
@@ -236,8 +245,7 @@ class Plan:
     @property
     def kept_columns(self) -> int:
         """How many columns' softmax weights are kept for the backward, of all V."""
-        tokens = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
-        return kept_columns(self.kept_bytes, tokens, self.vocab_size, self.block_vocab, self.dtype)
+        return kept_columns(self.kept_bytes, self._tokens_at_once, self.vocab_size, self.block_vocab, self.dtype)
 
     @property
     def flops_factor(self) -> float:
@@ -251,15 +259,30 @@ class Plan:
         return formed_again * self.tokens * self.hidden_size
 
     @property
+    def _tokens_at_once(self) -> int:
+        """Of a part, or of the call."""
+        return self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        """Tokens and columns of the largest tile."""
+        return min(self.block_tokens, self._tokens_at_once), min(self.block_vocab, self.vocab_size)
+
+    @property
+    def _logits_bytes(self) -> int:
+        """Of a tile of logits in memory."""
+        return math.prod(self._tile) * tile_dtype(self.dtype, self.device, self.backend).itemsize
+
+    @property
     def extra_bytes(self) -> int:
         """An upper estimate of the memory held beyond inputs, result and gradients at the worst moment."""
-        part = self.tokens if self.part_tokens is None else min(self.part_tokens, self.tokens)
-        tokens, columns = min(self.block_tokens, part), min(self.block_vocab, self.vocab_size)
+        part = self._tokens_at_once
+        tokens, columns = self._tile
         factor, logit = self.dtype.itemsize, tile_dtype(self.dtype, self.device, self.backend).itemsize
         sums = torch.float64.itemsize if self.dtype == torch.float64 else torch.float32.itemsize
         total = self._working_bytes(tokens, columns)
-        if not self.fused:
-            total += tokens * columns * logit
+        if not self.fused or self.kept_columns:
+            total += self._logits_bytes
         # Per-token sums; the tokens that count, gathered.
         total += self.tokens * (16 * sums + self.hidden_size * factor)
         if self.cast_weight:
@@ -287,7 +310,7 @@ class Plan:
     def _working_bytes(self, tokens: int, columns: int) -> int:
         """What the backend holds while it works on one tile."""
         if self.fused:
-            return _PARTIAL_BYTES
+            return max(PARTIAL_BYTES, self.tokens * _SPLIT_BYTES_PER_TOKEN.get(self.algorithm, _SUMS_BYTES_PER_TOKEN))
         if self.backend == "cpu":
             # csrc/cpu/product.cpp: panels of one factor, or one panel of 64 columns if that is more; for every thread a
             # block of the other factor, 128 x 1024 of 16 bits or 128 x 128 of 32.

@@ -146,6 +146,10 @@ class TileOps(Protocol):
         """Write ``-coef * bend * softmax over the others`` to ``out_TN``, which may be ``logits_TN`` itself, and 0 to
         the target's column: the engine adds that entry in full precision."""
 
+    def scale(self, weights_TN: Tensor, scale_T1: Tensor, out_TN: Tensor) -> None:
+        """Write ``scale * weights``, rounded once, to ``out_TN``, which has weights' dtype and may be weights itself;
+        ``scale`` has that of sums."""
+
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
         """Merge a tile's largest logits into ``state``; the target's column does not take part. The tile is left as it
         was."""

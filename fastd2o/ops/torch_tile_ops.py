@@ -57,8 +57,11 @@ class TorchTileOps:
             else:
                 torch.addmm(bias_N, left_MK, right_KN, out=out_MN)
             return
+        if left_MK.is_cuda and accumulate:
+            _add_product_(out_MN, left_MK, right_KN)
+            return
         if left_MK.is_cuda:
-            product_MN = torch.mm(left_MK, right_KN, out_dtype=out_MN.dtype, out=None if accumulate else out_MN)
+            product_MN = torch.mm(left_MK, right_KN, out_dtype=out_MN.dtype, out=out_MN)
         elif left_MK.dtype == torch.float16:
             # Sums over a slab, or over many tokens, leave float16's range; nothing but wider factors keeps them.
             product_MN = torch.mm(left_MK.to(out_MN.dtype), right_KN.to(out_MN.dtype))
@@ -139,6 +142,10 @@ class TorchTileOps:
             gradient.scatter_(1, column, torch.where(inside, 0.0, gradient.gather(1, column)))
             out_TN[band] = gradient if bend is None else gradient.mul_(bend)
 
+    def scale(self, weights_TN: Tensor, scale_T1: Tensor, out_TN: Tensor) -> None:
+        """See :meth:`fastd2o.ops.tile_ops.TileOps.scale`."""
+        scale_rows(weights_TN, scale_T1, out_TN)
+
     def topk(self, logits_TN: Tensor, target_T1: Tensor, vocab_start: int, state: TopKState) -> None:
         """See :meth:`fastd2o.ops.tile_ops.TileOps.topk`."""
         k = state.values.shape[1]
@@ -200,6 +207,45 @@ class TorchTileOps:
     def _bend(self, raw: Tensor) -> Tensor | None:
         """The softcap's slope in a band, in memory of its own."""
         return None if self.transform.softcap is None else self.transform.bend(raw.to(self.dtype))
+
+
+def _add_product_(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """Add a product of 16-bit factors to float32 sums on CUDA, where no factor or sum is ever rounded to 16 bits."""
+    if _adds_in_place(out_MN.device, left_MK.dtype):
+        # torch.addmm has not always taken float32 sums to add 16-bit factors to; its kin for batches, here of one, has.
+        out_1MN = out_MN.unsqueeze(0)
+        torch.baddbmm(out_1MN, left_MK.unsqueeze(0), right_KN.unsqueeze(0), out_dtype=out_MN.dtype, out=out_1MN)
+        return
+    # In bands of rows that are still in the second-level cache when they are added; narrower ones would leave
+    # processors idle.
+    rows = max(1, band_elements(out_MN.device.type) // max(1, out_MN.shape[1]))
+    for start in range(0, len(out_MN), rows):
+        band = slice(start, start + rows)
+        out_MN[band] += torch.mm(left_MK[band], right_KN, out_dtype=out_MN.dtype)
+
+
+# Whether the vendor's product of 16-bit factors adds to float32 sums, by device and dtype of the factors.
+_adding: dict[tuple[torch.device, torch.dtype], bool] = {}
+
+
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product can be added without memory of its own: tried once, because no promise of torch's says so."""
+    key = (device, dtype)
+    if key not in _adding:
+        if torch.cuda.is_current_stream_capturing():  # which waits for nothing, so no result can be looked at
+            return False
+        _adding[key] = _try_to_add(device, dtype)
+    return _adding[key]
+
+
+def _try_to_add(device: torch.device, dtype: torch.dtype) -> bool:
+    factors = torch.full((1, 16, 16), 3.0, dtype=dtype, device=device)
+    sums = torch.full((1, 16, 16), 0.125, dtype=torch.float32, device=device)
+    try:
+        torch.baddbmm(sums, factors, factors, out_dtype=sums.dtype, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((sums == 16 * 9 + 0.125).all())
 
 
 def scale_rows(weights_TN: Tensor, scale_T1: Tensor, out_TN: Tensor) -> None:

@@ -22,7 +22,8 @@ class TritonTileOps:
         self._kernels, self._products = tiles, logprob
         self._cringe_forward = cringe_forward.cringe_forward
         self._cringe_backward = cringe_backward.cringe_backward
-        self.product = TorchTileOps(transform, dtype).product
+        of_torch = TorchTileOps(transform, dtype)
+        self.product, self.scale = of_torch.product, of_torch.scale
 
     def fold(
         self,

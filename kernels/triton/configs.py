@@ -91,6 +91,16 @@ TABLE: dict[str, dict[int, dict[int, ProductConfig]]] = {
     },
 }
 
+# Instead of it on NVIDIA's, where rows are ragged: kernel -> bits of a factor -> blocks. Entries come one by one, each
+# with an address of its own, and those of 16 bits pass through registers: larger blocks spill.
+_RAGGED = ProductConfig(64, 128, 32, 8, 2)
+RAGGED: dict[str, dict[int, ProductConfig]] = {
+    "fold": {16: _RAGGED, 32: _FLOAT32_CANDIDATES},
+    "grad": {16: _RAGGED, 32: ProductConfig(32, 64, 32, 4, 3)},
+    "cringe": {16: _RAGGED, 32: _FLOAT32_CANDIDATES},
+    "cringe_wide": {16: ProductConfig(64, 64, 32, 8, 2), 32: _FLOAT32_CANDIDATES},
+}
+
 # Bytes of shared memory that a block may have.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -161,15 +171,40 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How factors are multiplied: float32 in TF32 where PyTorch does so. Elsewhere than on NVIDIA's GPUs, most of which
+    have no TF32, Triton would not take the word."""
+    # PyTorch's older flag, allow_tf32, raises where the newer one was set.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and dtype == torch.float32 and not torch.version.hip else "ieee"
+
+
 def has_tma(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
     """Whether blocks come by tensor descriptors. Tensor cores read them from shared memory as they are; what is
     multiplied outside, float32 without TF32, goes through registers, and spills there when it comes that way."""
     return architecture(device) in (90, 100) and (dtype != torch.float32 or precision == "tf32")
 
 
-def table_entry(kernel: str, arch: int, dtype: torch.dtype) -> ProductConfig:
+def fits_tma(factor: Tensor) -> bool:
+    """Whether a tensor descriptor can be had of a factor."""
+    rows_aligned = factor.stride(0) * factor.element_size() % 16 == 0
+    return (
+        factor.stride(1) == 1 and factor.stride(0) >= factor.shape[1] and rows_aligned and factor.data_ptr() % 16 == 0
+    )
+
+
+def is_ragged(factor: Tensor, arch: int) -> bool:
+    """Whether a factor's entries come one by one: pointers serve it, and Triton, which asks whether numbers are
+    multiples of 16, learns nothing of how its rows are aligned."""
+    if arch in (90, 100):
+        return not fits_tma(factor)
+    return factor.stride(1) != 1 or any(n % 16 for n in (factor.stride(0), factor.shape[1], factor.data_ptr()))
+
+
+def table_entry(kernel: str, arch: int, dtype: torch.dtype, ragged: bool = False) -> ProductConfig:
     """What the table says."""
-    return TABLE[kernel][arch][8 * dtype.itemsize]
+    entries = RAGGED[kernel] if ragged and arch != 0 else TABLE[kernel][arch]
+    return entries[8 * dtype.itemsize]
 
 
 def neighbours(config: ProductConfig) -> list[ProductConfig]:
@@ -203,15 +238,18 @@ def choose(
         trial: makes the call with one configuration, on results that nobody needs.
     """
     device = hidden_TD.device
-    entry = table_entry(kernel, architecture(device), hidden_TD.dtype)
+    arch = architecture(device)
+    ragged = is_ragged(hidden_TD, arch) or is_ragged(weight_ND, arch)
+    entry = table_entry(kernel, arch, hidden_TD.dtype, ragged)
     if device.type != "cuda" or os.environ.get("FASTD2O_AUTOTUNE") != "1":
         return entry
     tokens, hidden_size = hidden_TD.shape
-    key = (kernel, device, hidden_TD.dtype, tokens.bit_length(), len(weight_ND), hidden_size, *variant)
+    key = (kernel, device, hidden_TD.dtype, ragged, tokens.bit_length(), len(weight_ND), hidden_size, *variant)
     if key not in _tuned:
-        if torch.cuda.is_current_stream_capturing():  # which waits for nothing, so nothing can be measured
-            return entry
-        times = {one: _milliseconds(one, trial) for one in (entry, *neighbours(entry))}
+        with torch.cuda.device_of(hidden_TD):  # do_bench times the current device
+            if torch.cuda.is_current_stream_capturing():  # which waits for nothing, so nothing can be measured
+                return entry
+            times = {one: _milliseconds(one, trial) for one in (entry, *neighbours(entry))}
         _tuned[key] = min(times, key=lambda one: times[one])
     return _tuned[key]
 

@@ -274,8 +274,9 @@ def cringe_forward(
             ),
         )
     programs = configs.multiprocessors(hidden_TD.device)
-    plan = partition(tokens, columns, hidden_size * hidden_TD.element_size(), programs, config)
     places = max(2, triton.next_power_of_2(k))
+    row_bytes = hidden_size * hidden_TD.element_size()
+    plan = partition(tokens, columns, row_bytes, programs, config, split_bytes=8 + 8 * places)
     partial = hidden_TD.new_empty((2, plan.splits, tokens), dtype=torch.float32)
     partial_keys = hidden_TD.new_empty((plan.splits, tokens, places), dtype=torch.int64)
     inner, outer, capped = transform_arguments(transform)

@@ -39,6 +39,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastd2o.kernels import configs
 from fastd2o.kernels.configs import ProductConfig
 from fastd2o.kernels.scalar import NEG_INF, bend, moved_sum, shift_of, transform_arguments, transformed
+from fastd2o.ops.plan import PARTIAL_BYTES
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState
 
 # Integers that say how much there is, or where: kernels are not compiled anew for those that happen to be multiples of
@@ -535,7 +536,8 @@ def logprob_forward(
             ),
         )
     programs = configs.multiprocessors(hidden_TD.device)
-    plan = partition(tokens, columns, hidden_size * hidden_TD.element_size(), programs, config)
+    row_bytes, split_bytes = hidden_size * hidden_TD.element_size(), 8 if extra is None else 20
+    plan = partition(tokens, columns, row_bytes, programs, config, split_bytes)
     partial = hidden_TD.new_empty((2 if extra is None else 4, plan.splits, tokens), dtype=torch.float32)
     partial_argmax = None if extra is None else hidden_TD.new_empty((plan.splits, tokens), dtype=torch.int32)
     inner, outer, capped = transform_arguments(transform)
@@ -664,19 +666,23 @@ def group_of(token_blocks: int, row_bytes: int, programs: int, config: ProductCo
 
 
 @lru_cache(maxsize=1024)
-def partition(tokens: int, columns: int, row_bytes: int, programs: int, config: ProductConfig) -> Partition:
-    """The splits that finish first when ``programs`` take item after item; of equals, the fewest.
+def partition(
+    tokens: int, columns: int, row_bytes: int, programs: int, config: ProductConfig, split_bytes: int = 8
+) -> Partition:
+    """The splits that finish first when ``programs`` take item after item; of equals, the fewest. No more than leave
+    ``PARTIAL_BYTES`` to be merged, ``split_bytes`` for each token.
 
     A function of shapes and of the device alone: the same bits on every run.
     """
     token_blocks, column_blocks = -(-tokens // config.block_tokens), -(-columns // config.block_columns)
     group = group_of(token_blocks, row_bytes, programs, config)
-    least = min(column_blocks, -(-programs // group) if token_blocks <= group else max(1, programs // group))
+    most = min(column_blocks, max(1, PARTIAL_BYTES // (tokens * split_bytes)))
+    least = min(most, -(-programs // group) if token_blocks <= group else max(1, programs // group))
 
     def blocks_in_line(splits: int) -> int:
         return -(-token_blocks * splits // programs) * -(-column_blocks // splits)
 
-    splits = min(range(least, min(column_blocks, 4 * least) + 1), key=lambda count: (blocks_in_line(count), count))
+    splits = min(range(least, min(most, 4 * least) + 1), key=lambda count: (blocks_in_line(count), count))
     blocks_per_split = -(-column_blocks // splits)
     return Partition(-(-column_blocks // blocks_per_split), blocks_per_split, group)
 
@@ -703,9 +709,11 @@ def factor_arguments(
     hidden_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None, config: ProductConfig
 ) -> dict[str, Any]:
     """What every kernel that multiplies is told of its factors."""
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = configs.precision(hidden_TD.dtype)
     tma = (
-        configs.has_tma(hidden_TD.device, hidden_TD.dtype, precision) and _fits_tma(hidden_TD) and _fits_tma(weight_ND)
+        configs.has_tma(hidden_TD.device, hidden_TD.dtype, precision)
+        and configs.fits_tma(hidden_TD)
+        and configs.fits_tma(weight_ND)
     )
     hidden_size = hidden_TD.shape[1]
     hidden: Any = hidden_TD
@@ -734,13 +742,6 @@ def factor_arguments(
         "PRECISION": precision,
         "HAS_BIAS": bias_N is not None,
     }
-
-
-def _fits_tma(factor: Tensor) -> bool:
-    rows_aligned = factor.stride(0) * factor.element_size() % 16 == 0
-    return (
-        factor.stride(1) == 1 and factor.stride(0) >= factor.shape[1] and rows_aligned and factor.data_ptr() % 16 == 0
-    )
 
 
 def merge_folds(partial: Tensor, partial_argmax: Tensor | None, state: FoldState, vocab_start: int) -> None:

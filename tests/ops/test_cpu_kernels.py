@@ -312,6 +312,23 @@ def assert_surroundings_untouched(tile: Tensor) -> None:
     assert (memory[outside] == torch.tensor(GUARD, dtype=tile.dtype)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 64, 501])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scaled_weights_are_the_same_bits_as_torchs(dtype: torch.dtype, columns: int, in_place: bool) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    weights = padded_tile(torch.rand(5, columns, generator=generator), dtype, 3)
+    # Of the last three rows one counts for nothing, one has left the range, and one is no number.
+    scale = torch.cat([torch.randn(2, 1, generator=generator), torch.tensor([[0.0], [torch.inf], [torch.nan]])])
+    expected = (weights.float() * scale).to(dtype)
+    out = weights if in_place else padded_tile(torch.zeros(5, columns), dtype, 8)
+    CpuTileOps(PLAIN, torch.float32).scale(weights, scale, out)
+    assert torch.equal(out[:4], expected[:4])
+    assert out[4].isnan().all()
+    assert_surroundings_untouched(out)
+    assert_surroundings_untouched(weights)
+
+
 def cloned(state: FoldState, dtype: torch.dtype) -> FoldState:
     """With two columns between rows, as a slice of a wider tensor has."""
 
@@ -781,12 +798,13 @@ def good(op: str) -> dict[str, Any]:
         | {"bias": torch.zeros(10), "accumulate": False},
         "fold_": located | state | transform,
         "grad_": {"out": torch.zeros(4, 10)} | located | {"lse_others": column, "coef": column} | transform,
+        "scale_": {"out": torch.zeros(4, 10), "weights": torch.zeros(4, 10), "scale": column},
         "topk_": located | candidates | transform,
         "draw": candidates | {"counter": torch.zeros(4, dtype=torch.int64), "seed": 0},
     }[op]
 
 
-OPERATORS = ["product_", "fold_", "grad_", "topk_", "draw"]
+OPERATORS = ["product_", "fold_", "grad_", "scale_", "topk_", "draw"]
 
 
 def call(op: str, arguments: dict[str, Any]) -> Any:
@@ -851,6 +869,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grad_", {"vocab_start": -7}, "vocab_start is -7"),
     ("grad_", {"lse_others": torch.zeros(4)}, r"expected lse_others as \[4, 1\]"),
     ("grad_", {"coef": torch.zeros(4, 1, dtype=HALF)}, "coef has dtype Half"),
+    ("scale_", {"weights": torch.zeros(4, 10, dtype=DOUBLE)}, "weights has dtype Double"),
+    ("scale_", {"out": torch.zeros(4, 10, dtype=HALF)}, "out has dtype Half"),
+    ("scale_", {"out": torch.zeros(4, 9)}, r"expected out of weights' shape \[4, 10\]"),
+    ("scale_", {"out": torch.zeros(10).expand(4, 10)}, "the rows of out overlap"),
+    ("scale_", {"weights": torch.zeros(10, 4).t()}, "weights as a matrix whose rows are contiguous"),
+    ("scale_", {"weights": SHARED[:, :10], "out": SHARED.view(-1)[:40].view(4, 10)}, "out shares memory with weights"),
+    ("scale_", {"scale": torch.zeros(4)}, r"expected scale as \[4, 1\]"),
+    ("scale_", {"scale": torch.zeros(4, 1, dtype=HALF)}, "scale has dtype Half"),
     ("topk_", {"logits": torch.zeros(10, 4).t()}, "logits as a matrix whose rows are contiguous"),
     ("topk_", {"target": torch.zeros(4, 1)}, "target has dtype Float"),
     ("topk_", {"vocab_start": -1}, "vocab_start is -1"),

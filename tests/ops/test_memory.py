@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastd2o
 from fastd2o.memory import measure_memory
+from fastd2o.ops import torch_tile_ops
 
 # What Triton's interpreter allocates is not what its kernels do.
 pytestmark = [pytest.mark.usefixtures("default_backend"), pytest.mark.backends("torch", "cpu")]
@@ -87,6 +88,77 @@ def test_a_plan_bounds_the_memory_of_full_tiles(algorithm: str) -> None:
     plan = fastd2o.Plan.of(hidden, weight, cringe=algorithm == "cringe")
     use = measure_memory(step, warm_up=False)
     assert use.peak - sum(leaf.nbytes for leaf in leaves) <= plan.extra_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_backward_of_a_frozen_head_holds_its_result_alone(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(2048, 1024).to(dtype).requires_grad_(), torch.randn(100, 1024).to(dtype)
+    loss = fastd2o.linear_logprob(hidden, weight, torch.randint(100, (2048,))).sum()
+    use = measure_memory(lambda: torch.autograd.grad(loss, hidden, retain_graph=True))
+    assert use.largest == use.remaining == hidden.nbytes
+    assert use.peak < hidden.nbytes + hidden.numel() * 4 / 2
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_backward_of_a_frozen_head_rounds_once(dtype: torch.dtype) -> None:
+    coef, unit = torch.randn(700), torch.randn(700, 1024)
+    assert torch.equal(torch.ops.fastd2o.unit_backward(coef, unit, dtype), (unit * coef.unsqueeze(1)).to(dtype))
+
+
+def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """What torch has for CUDA alone."""
+    return left.to(out_dtype) @ right.to(out_dtype)
+
+
+def baddbmm(sums: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+    """The same, added."""
+    assert sums is out
+    return out.add_(mm(left, right, out_dtype=out_dtype))
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_product_that_is_added_on_cuda_takes_a_band_of_memory(
+    monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    monkeypatch.setattr(torch_tile_ops, "_adds_in_place", lambda *_: in_place)
+    monkeypatch.setattr(torch_tile_ops, "band_elements", lambda _: 5000)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "baddbmm", baddbmm)
+    left, right = torch.randn(8, 1000).bfloat16().t(), torch.randn(8, 64).bfloat16()
+    sums = torch.randn(1000, 64)
+    expected = sums + mm(left, right, out_dtype=torch.float32)
+    use = measure_memory(lambda: torch_tile_ops._add_product_(sums, left, right), warm_up=False)
+    torch.testing.assert_close(sums, expected)
+    assert in_place or use.largest <= 5000 * 4
+
+
+@pytest.mark.backends("torch")
+def test_whether_torch_adds_to_wider_sums_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    capturing = [True]
+
+    def answers(how: str) -> bool:
+        def stand_in(sums: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+            tried.append(how)
+            if how == "refuses":
+                raise RuntimeError("input dtypes must be the same")
+            return baddbmm(out if how == "adds" else out.zero_(), left, right, out_dtype=out_dtype, out=out)
+
+        monkeypatch.setattr(torch, "baddbmm", stand_in)
+        return torch_tile_ops._adds_in_place(torch.device("cpu"), torch.bfloat16)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for how, expected in (("adds", True), ("refuses", False), ("forgets the sums", False)):
+        monkeypatch.setattr(torch_tile_ops, "_adding", {})
+        capturing[0] = True
+        assert not answers(how)
+        assert tried == []
+        capturing[0] = False
+        assert answers(how) is answers(how) is expected
+        assert tried == [how]
+        tried.clear()
 
 
 @pytest.mark.backends("torch")

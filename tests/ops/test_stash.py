@@ -260,6 +260,56 @@ class TestTriton:
         for name, gradient in gradients.items():
             assert relative_error(gradient, right[name]) <= 1e-5, name
 
+    @pytest.mark.parametrize("share", [0.55, 1.0])
+    def test_logits_stay_float32_on_the_way_to_what_is_kept(self, share: float):
+        if (why := fastd2o.backends()["triton"]) is not None:
+            pytest.skip(why)
+        case = make_case(6, 16, 128, torch.float16, ignored=0.0, scale=8.0)
+        leaves = tensors(case)
+        own = Plan.of(leaves["hidden"], leaves["weight"], leaves["bias"], backend="triton")
+        kept = dataclasses.replace(own, block_vocab=32, kept_bytes=int(6 * 128 * 2 * share))
+        value, _ = run(case, plan=kept)
+        expected, _ = case.oracle()
+        assert kept.fused
+        assert kept.kept_columns > 0
+        logits = case.logits({name: tensor.double() for name, tensor in case.tensors.items()})
+        assert logits.abs().amax() > 16  # where float16 is off by up to 8e-3
+        assert (value - expected).abs().amax() <= 1e-3
+
+    def test_a_loss_of_groups_keeps_everything(self):
+        if (why := fastd2o.backends()["triton"]) is not None:
+            pytest.skip(why)
+        case = make_case(12, 16, 128, torch.float32, bias=False, ignored=0.0)
+        sequence_ids = torch.arange(12) // 3
+        groups = Groups(torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, False, False]))
+        found = {}
+        for backend in ("triton", "torch"):
+            leaves = tensors(case)
+            loss = fastd2o.linear_preference_loss(
+                leaves["hidden"],
+                leaves["weight"],
+                case.target,
+                sequence_ids,
+                groups,
+                objective="sigmoid",
+                ref_logp=torch.zeros(4),
+                backend=backend,
+            ).loss
+            found[backend] = (loss, *torch.autograd.grad(loss, list(leaves.values())))
+        for ours, reference in zip(found["triton"], found["torch"], strict=True):
+            assert relative_error(ours, reference.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "cuda", "triton"])
+@pytest.mark.parametrize("algorithm", ["recompute", "grouped"])
+@pytest.mark.parametrize("budget", [10**8, 5 * 10**8, 10**9, 4 * 10**9])
+def test_a_plan_for_a_gpu_stays_within_its_budget(backend: str, algorithm: Any, budget: int):
+    of_call = {"tokens": 8192, "hidden_size": 4096, "vocab_size": 128256, "algorithm": algorithm, "device": "cuda"}
+    least = Plan.choose(**of_call, backend=backend, memory_budget=0)
+    chosen = Plan.choose(**of_call, backend=backend, memory_budget=budget)
+    assert chosen.extra_bytes <= max(budget, least.extra_bytes)
+    assert (chosen.kept_columns > 0) == (budget >= 10**9)
+
 
 # --- operations -------------------------------------------------------------------------------------------------------
 

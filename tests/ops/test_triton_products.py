@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastd2o.kernels import configs  # noqa: E402
 from fastd2o.kernels.configs import ProductConfig  # noqa: E402
 from fastd2o.kernels.cringe_forward import cringe_forward  # noqa: E402
 from fastd2o.kernels.logprob import logprob_forward, logprob_grad_slab, partition  # noqa: E402
+from fastd2o.ops.plan import PARTIAL_BYTES, Plan  # noqa: E402
 from fastd2o.ops.tile_ops import FoldState, LogitTransform, StatisticsState, TopKState  # noqa: E402
 from fastd2o.ops.torch_tile_ops import TorchTileOps  # noqa: E402
 
@@ -521,20 +524,94 @@ def test_a_partition_covers_everything_and_wastes_little(programs: int, tokens: 
         assert rounds * plan.blocks_per_split <= 1.1 * token_blocks * column_blocks / programs + 1
 
 
+@pytest.mark.parametrize("tokens", [1, 2048, 8192, 16384, 100_000])
+@pytest.mark.parametrize("split_bytes", [8, 20, 8 + 8 * 8, 8 + 8 * 64])
+def test_what_is_left_to_be_merged_is_bounded_and_planned_for(tokens: int, split_bytes: int) -> None:
+    config = ProductConfig(128, 128, 64, 8, 4)
+    splits = partition(tokens, 128256, 8192, 132, config, split_bytes).splits
+    assert splits == 1 or splits * tokens * split_bytes <= PARTIAL_BYTES
+    plan = Plan.choose(
+        tokens=tokens,
+        hidden_size=4096,
+        vocab_size=128256,
+        algorithm="cringe" if split_bytes > 20 else "forward",
+        device="cuda",
+        backend="triton",
+    )
+    assert plan.fused
+    assert plan.extra_bytes >= splits * tokens * split_bytes
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """PyTorch's newer flag, after which reading the older one raises."""
+    with torch.backends.flags(fp32_precision="tf32"):
+        yield
+
+
+@pytest.mark.usefixtures("tf32")
+def test_the_product_takes_tf32_from_pytorch() -> None:
+    problem = Problem()
+    state = problem.state()
+    problem.fold(state)
+    if DEVICE == "cpu":  # the interpreter multiplies float32 as it is
+        same_fold(state, problem.folded())
+    else:
+        close(state.lse_others, problem.folded().lse_others, 5e-3)
+
+
+def test_only_float32_is_multiplied_in_tf32_where_pytorch_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [configs.precision(dtype) for dtype in configs.DTYPES] == ["ieee"] * 3
+    with torch.backends.flags(fp32_precision="tf32"):
+        assert [configs.precision(dtype) for dtype in configs.DTYPES] == ["tf32", "ieee", "ieee"]
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert configs.precision(torch.float32) == "ieee"
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+def test_ragged_rows_have_smaller_blocks(arch: int) -> None:
+    def ragged(factor: Tensor) -> bool:
+        return configs.is_ragged(factor, arch)
+
+    rows = torch.zeros(6, 128, dtype=torch.bfloat16)
+    assert rows.data_ptr() % 16 == 0
+    assert not ragged(rows)
+    assert not ragged(rows[:, 16:80])
+    assert ragged(rows[:, 1:65])
+    assert ragged(rows.T)
+    assert ragged(torch.zeros(6, 65, dtype=torch.bfloat16))
+    # Rows of a multiple of 16 bytes: descriptors take them, but Triton does not know it of pointers.
+    assert ragged(torch.zeros(6, 72, dtype=torch.bfloat16)) == (arch < 90)
+    for kernel, by_arch in configs.TABLE.items():
+        assert configs.table_entry(kernel, arch, torch.bfloat16) == by_arch[arch][16]
+        assert configs.table_entry(kernel, arch, torch.bfloat16, ragged=True) == configs.RAGGED[kernel][16]
+        assert configs.table_entry(kernel, 0, torch.bfloat16, ragged=True) == by_arch[0][16]
+
+
 def test_only_the_flag_has_a_call_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(300, 64))
+    call = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.bfloat16, shape=(300, 64))
     entry = configs.table_entry("fold", 90, torch.bfloat16)
     favourite = configs.neighbours(entry)[1]
     measured = []
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def device_of(tensor: Any) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
 
     def milliseconds(config: ProductConfig, trial: Any) -> float:
+        assert current[-1] == call.device
         measured.append(config)
         return 1.0 if config == favourite else 2.0
 
     monkeypatch.setattr(configs, "architecture", lambda _: 90)
+    monkeypatch.setattr(configs, "is_ragged", lambda *_: False)
     monkeypatch.setattr(configs, "_milliseconds", milliseconds)
     monkeypatch.setattr(configs, "_tuned", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
 
     def choose() -> ProductConfig:
         arguments: Any = ("fold", call, torch.empty(7, 1), (True,), lambda _: None)
