@@ -31,25 +31,19 @@ lint:
 bench:
 	@$(call PYTHON_WITH,dev) && "$$python" -m fastd2o bench $(ARGS)
 
-# Everything that needs a CUDA device, in one command of under eight minutes, with the Python on the PATH (or PYTHON=),
-# which needs torch, pytest, rich and ninja: the kernels are compiled and run, the GPU tests, every kernel under
-# compute-sanitizer where that works, the table by which the engine chooses, the benchmark. All of it is done even if a
-# part fails.
-SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard /usr/local/cuda/bin/compute-sanitizer))
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 $(SANITIZER) --error-exitcode 1 --kernel-name kns=fastd2o
+# Everything that needs a CUDA device, in eight minutes at most: the kernels are compiled and run; then come the GPU
+# tests, the benchmark, the table by which the engine chooses, and every kernel under compute-sanitizer where that
+# works. A part that fails or is too slow leaves the others be; ARGS="kernels tests" runs some of them.
+#
+# It takes the Python on the PATH (or PYTHON=) as it is, and says at once which of its packages are missing: torch,
+# setuptools, ninja, pytest and triton; for the benchmark pytest-benchmark, rich, numpy and matplotlib; better with
+# hypothesis and pytest-xdist. fastd2o need not be installed; other commands can do without that as well, with
+# PYTHONPATH=tests/gpu/site.
+#
+# In $OUT (default: runs/bench-gpu) lie afterwards gpu.log, with all that was said, results.md, and two files to commit:
+# results.json as benchmarks/results/cuda-targets.json, and measured.json, which kernels/triton has already.
 gpu:
-	@python=$${PYTHON:-python3}; failed=; \
-	echo "gpu: kernels"; "$$python" -m benchmarks.every_kernel || failed="$$failed kernels"; \
-	echo "gpu: tests"; "$$python" -m pytest -q tests/gpu || failed="$$failed tests"; \
-	if [ -z "$(SANITIZER)" ]; then echo "gpu: there is no compute-sanitizer here"; \
-	elif ! $(SANITIZE) "$$python" -c 'import torch; torch.ones(8, device="cuda").sum().item()' >/dev/null 2>&1; then \
-	  echo "gpu: compute-sanitizer does not work with this device"; \
-	else for tool in memcheck racecheck; do \
-	  echo "gpu: $$tool"; $(SANITIZE) --tool $$tool "$$python" -m benchmarks.every_kernel || failed="$$failed $$tool"; \
-	done; fi; \
-	echo "gpu: fused or not"; "$$python" -m benchmarks.tune || failed="$$failed tune"; \
-	echo "gpu: benchmark"; "$$python" -m fastd2o bench --gpu --out $${OUT:-runs/bench-gpu} $(ARGS) || failed="$$failed benchmark"; \
-	if [ -n "$$failed" ]; then echo "gpu: failed:$$failed"; exit 1; fi
+	@$${PYTHON:-python3} tests/gpu/run.py $(ARGS)
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -112,6 +112,47 @@ def test_master_weights_under_autocast(backend: str, trained: bool) -> None:
         assert rms_error(gradient, expected_gradients[name]) <= 1e-2, name
 
 
+@pytest.mark.parametrize("hidden_size", [1, 41, 1003, 4096])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_hidden_states_of_any_size(backend: str, dtype: torch.dtype, tolerance: float, hidden_size: int) -> None:
+    case = make_case(tokens=131, hidden_size=hidden_size, vocab_size=1501, dtype=dtype)
+    value, gradients = run(case, True, backend=backend)
+    expected, expected_gradients = case.oracle()
+    assert relative_error(value, expected) <= min(tolerance, 1e-4)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_are_apart_and_begin_anywhere(backend: str, dtype: torch.dtype) -> None:
+    """The hidden states are columns of a wider tensor, the weight is a transpose, the targets are every second."""
+    case = make_case(tokens=67, hidden_size=41, vocab_size=1501, dtype=dtype, bias=False)
+    wide = torch.zeros(67, 50, dtype=dtype)
+    wide[:, 5:46] = case.hidden
+    leaves = [wide.cuda().requires_grad_(), case.weight.T.contiguous().cuda().requires_grad_()]
+    target = torch.stack([case.target, case.target + 1], 1).cuda()[:, 0]
+    value = fastd2o.linear_logprob(leaves[0][:, 5:46], leaves[1].T, target, backend=backend)
+    gradients = torch.autograd.grad((value * case.coef.to(value.dtype).cuda()).sum(), leaves)
+    expected, expected_gradients = case.oracle()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(value.detach().cpu(), expected) <= min(tolerance, 1e-4)
+    assert relative_error(gradients[0].cpu()[:, 5:46], expected_gradients["hidden"]) <= tolerance
+    assert relative_error(gradients[1].cpu().T, expected_gradients["weight"]) <= tolerance
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_bias_of_minus_infinity_is_padding(backend: str, trained: bool) -> None:
+    case = make_case(tokens=131, hidden_size=64, vocab_size=1501, dtype=torch.float32)
+    assert case.bias is not None
+    case.bias[::7] = -torch.inf
+    case.target[(case.target >= 0) & (case.target % 7 == 0)] += 1
+    value, gradients = run(case, trained, backend=backend)
+    expected, expected_gradients = case.oracle()
+    assert relative_error(value, expected) <= 1e-5
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) <= 1e-5, name
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_two_runs_give_the_same_bits(backend: str, trained: bool) -> None:
     case = make_case(tokens=512, hidden_size=128, vocab_size=20_001, dtype=torch.bfloat16)
@@ -170,6 +211,39 @@ def test_cringe_draws_and_gradients_match_the_cpu(backend: str, dtype: torch.dty
             torch.testing.assert_close(a, b)
     if dtype == torch.float32:
         assert (ours[0] != step("cpu")[0]).sum() <= 3
+
+
+@pytest.mark.parametrize("k", [1, 16, 33, 64])
+def test_cringe_with_any_number_of_candidates(backend: str, k: int) -> None:
+    case = make_case(tokens=301, hidden_size=64, vocab_size=9001, dtype=torch.float32)
+    exact = fastd2o.linear_cringe(case.hidden.double(), case.weight.double(), case.target, k=k, seed=3)
+    arguments = (tensor.cuda() for tensor in (case.hidden, case.weight, case.target))
+    found = fastd2o.linear_cringe(*arguments, k=k, seed=3, backend=backend)
+    same = found.positive.cpu() == exact.positive
+    assert (~same).sum() <= 3
+    torch.testing.assert_close(found.loss.cpu().double()[same], exact.loss[same], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [5, 40])
+def test_equal_logits(backend: str, dtype: torch.dtype, k: int) -> None:
+    """Small integers, so that every logit is exact and most have equals: the first is the most likely, and the first
+    are the candidates; torch's own topk takes any of them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-1, 2, (size, 8), generator=generator).to(dtype) for size in (131, 1501))
+    target = torch.randint(1501, (131,), generator=generator)
+    logits = hidden.double() @ weight.double().T
+    arguments = (tensor.cuda() for tensor in (hidden, weight, target))
+    assert torch.equal(
+        fastd2o.linear_logprob(*arguments, stats=True, backend=backend).top1.cpu(),
+        logits.sort(dim=1, descending=True, stable=True).indices[:, 0],
+    )
+    others = logits.scatter(1, target[:, None], -torch.inf).sort(dim=1, descending=True, stable=True)
+    arguments = (tensor.cuda() for tensor in (hidden, weight, target))
+    positive = fastd2o.linear_cringe(*arguments, k=k, seed=3, backend=backend).positive.cpu()[:, None]
+    assert (positive != target[:, None]).all()
+    assert (logits.gather(1, positive) >= others.values[:, k - 1 : k]).all()
+    assert backend == "torch" or (others.indices[:, :k] == positive).any(1).all()
 
 
 @pytest.mark.parametrize("trained", [True, False])

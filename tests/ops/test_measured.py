@@ -108,9 +108,24 @@ def test_the_benchmark_measures_both_ways(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(ms > 0 for ms in times.values())
 
 
+def test_what_is_measured_stays_when_the_rest_takes_too_long(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(shape: object, dtypes: tuple[torch.dtype], *_: object) -> dict[str, object]:
+        if dtypes[0] == tune.DTYPES[1]:
+            raise KeyboardInterrupt
+        return {"bfloat16": {"forward": {"fused": 2.0, "tiles": 1.0}}}
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "check_backend", lambda name: None)
+    monkeypatch.setattr(tune, "milliseconds", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    with pytest.raises(KeyboardInterrupt):
+        tune.main([])
+    assert not fused("forward")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_nothing_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     before = measured.TABLE.read_bytes()
     with pytest.raises(SystemExit, match="there is no NVIDIA GPU here"):
-        tune.main()
+        tune.main([])
     assert measured.TABLE.read_bytes() == before
