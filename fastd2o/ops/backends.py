@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -155,9 +156,24 @@ def _unavailable(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed. Fix: pip install 'fastd2o[triton]'"
+        if (broken := _triton_broken()) is not None:
+            return broken
         on_cuda, on_cpu = (_triton_misfit(device, torch.float32) for device in ("cuda", "cpu"))
         return on_cuda and on_cpu and on_cuda
     return native.unavailable("cpu" if backend == "cpu" else "cuda")
+
+
+def _triton_broken() -> str | None:
+    """Why the kernels cannot be imported, though there is a Triton. Asked before anything else that imports them."""
+    try:
+        from fastd2o.kernels import configs, cringe_backward, cringe_forward, logprob, loss, tiles  # noqa: F401
+    except Exception as error:  # whatever comes up: an old Triton lacks this or that, a broken one may raise anything
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError) and error.name == "fastd2o.kernels":
+            return f"its kernels are not installed ({what}). Fix: pip install -e . in the checkout"
+        version = getattr(sys.modules.get("triton"), "__version__", "of an unknown version")
+        return f"Triton {version} cannot be used ({what}). Fix: pip install -U 'fastd2o[triton]'"
+    return None
 
 
 def _triton_misfit(device: str, dtype: torch.dtype) -> str | None:

@@ -157,6 +157,7 @@ class Library:
         takes: How long compiling takes, about.
         flags: For the C++ compiler.
         nvcc_flags: For nvcc, without the architectures.
+        declares: An operator that it declares, which a process can do but once.
     """
 
     name: str
@@ -169,6 +170,7 @@ class Library:
     takes: str
     flags: tuple[str, ...] = ()
     nvcc_flags: tuple[str, ...] = ()
+    declares: str | None = None
 
     @functools.cached_property
     def file(self) -> str:
@@ -191,7 +193,7 @@ class Library:
 
     def load(self, progress: Progress) -> None:
         """Load it, building it first if need be."""
-        if self.name in _loaded:
+        if self.name in _loaded or self._declared():
             return
         # One from a wheel may not fit the C library here: then the next one, and at last one made here.
         problem = None
@@ -207,6 +209,21 @@ class Library:
                 f"{path} cannot be loaded: {problem}. Fix: fastd2o build --force, or with another compiler in CXX"
             )
         _loaded.add(self.name)
+
+    def _declared(self) -> bool:
+        """Whether this process has the operators that it declares, from this very file.
+
+        Raises:
+            NativeError: from another. torch would end the process, inside dlopen, if they were declared again.
+        """
+        if self.declares is None or not torch._C._jit_get_schemas_for_operator(self.declares):
+            return False
+        if torch.ops.loaded_libraries.isdisjoint(os.path.realpath(path) for path in self.found()):
+            raise NativeError(
+                f"another copy of fastd2o has loaded {self.title} into this process, which can hold one. Fix: import "
+                f"only one; this one is {_PACKAGE}"
+            )
+        return True
 
     def build(self, progress: Progress, force: bool = False) -> Path:
         """Compile into the cache, with ``force`` even what is there, and return where.
@@ -274,7 +291,9 @@ class Library:
     def _failure(self, log: Path) -> NativeError:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         first = next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "nothing was said")
-        tool = "CUDA 12.8 or newer, named in CUDA_HOME" if self.nvcc_flags else "g++ 11 or newer, named in CXX"
+        tool = "g++ 11 or newer, named in CXX"
+        if self.nvcc_flags:
+            tool = "CUDA 12.8 or newer, named in CUDA_HOME, with a g++ that it supports, named in CXX"
         return NativeError(
             f"{self.title} did not compile: {first} (the whole log: {log}). Fix: use {tool}; FASTD2O_NATIVE=0 does "
             "without"
@@ -305,6 +324,7 @@ def schema_library() -> Library:
         title="the operators' schema",
         takes="a few seconds",
         flags=(*CXX_FLAGS, _STABLE_ABI_FLAG),
+        declares="fastd2o_native::fold_",
     )
 
 
@@ -358,12 +378,17 @@ def ahead() -> list[Library]:
 
 
 def copy_into(folder: Path, path: Path) -> Path:
-    """Copy a built library and its record to another folder, and return where it is there."""
+    """Copy a built library and its record to another folder, and return where it is there.
+
+    A process that has loaded the one that was there keeps it: a file that is mapped must not be written to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with suppress(shutil.SameFileError):
-        for file in (path, path.with_suffix(".json")):
-            shutil.copy2(file, folder)
-    return folder / path.name
+    copy = folder / path.name
+    if not (copy.exists() and copy.samefile(path)):
+        with tempfile.TemporaryDirectory(".copying", f"{path.stem}.", folder) as scratch:
+            for file in (path, path.with_suffix(".json")):
+                os.replace(shutil.copy2(file, scratch), folder / file.name)
+    return copy
 
 
 def _libraries(kind: Kind) -> tuple[Library, Library]:
@@ -505,6 +530,8 @@ def _build_environment() -> dict[str, str]:
     }
     if (path_to_nvcc := nvcc()) is not None:
         environment["CUDA_HOME"] = str(Path(path_to_nvcc).parents[1])
+    if os.environ.get("CXX"):
+        environment["CC"] = environment["CXX"]  # the name under which torch's tool looks for nvcc's host compiler
     return environment
 
 

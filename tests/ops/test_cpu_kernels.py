@@ -793,7 +793,7 @@ def good(op: str) -> dict[str, Any]:
     state |= {"weights": torch.zeros(4, 10, dtype=torch.bfloat16), "argmax": torch.zeros(4, 1, dtype=torch.int64)}
     located = {"logits": logits, "target": target, "vocab_start": 0}
     column = torch.zeros(4, 1)
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "product_": {"out": torch.zeros(4, 10), "left": torch.zeros(4, 6), "right": torch.zeros(6, 10)}
         | {"bias": torch.zeros(10), "accumulate": False},
         "fold_": located | state | transform,
@@ -801,7 +801,8 @@ def good(op: str) -> dict[str, Any]:
         "scale_": {"out": torch.zeros(4, 10), "weights": torch.zeros(4, 10), "scale": column},
         "topk_": located | candidates | transform,
         "draw": candidates | {"counter": torch.zeros(4, dtype=torch.int64), "seed": 0},
-    }[op]
+    }
+    return arguments[op]
 
 
 OPERATORS = ["product_", "fold_", "grad_", "scale_", "topk_", "draw"]

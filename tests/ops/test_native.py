@@ -211,6 +211,30 @@ def test_a_wheels_binary_comes_first_and_one_that_does_not_load_is_passed_over(w
     assert workshop.compilations == 2
 
 
+def test_a_copy_takes_the_place_of_one_that_a_process_may_have_loaded(tmp_path, monkeypatch):
+    made, folder = tmp_path / "tiny-any-0.so", tmp_path / "folder"
+    made.write_bytes(b"one" * 1000)
+    made.with_suffix(".json").write_text("{}")
+    copy = native.copy_into(folder, made)
+    with copy.open("rb") as loaded:
+        made.write_bytes(b"two")
+        assert native.copy_into(folder, made) == copy
+        assert loaded.read() == b"one" * 1000  # cut short, it would crash who has it mapped
+    assert copy.read_bytes() == b"two"
+    assert native.copy_into(tmp_path, made) == made
+    assert sorted(path.name for path in folder.iterdir()) == ["tiny-any-0.json", "tiny-any-0.so"]
+
+    def full(source: Path, target: str) -> str:
+        Path(target, source.name).write_bytes(b"th")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="No space"):
+        native.copy_into(folder, made)
+    assert copy.read_bytes() == b"two"
+    assert len(list(folder.iterdir())) == 2
+
+
 # --- several processes, and builds that were cut off ------------------------------------------------------------------
 
 
@@ -335,6 +359,33 @@ def test_a_compiler_that_is_broken(workshop, monkeypatch, capfd):
     assert workshop.library.found() == []
 
 
+@needs_tools
+def test_the_compiler_that_is_named_is_nvccs_too(workshop, monkeypatch):
+    toolkit, called = workshop.folder / "cuda", workshop.folder / "called"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").write_text(
+        f'#!/bin/sh\necho "$*" > "{called}"\necho "error: unsupported GNU version"\nexit 1\n'
+    )
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    # A torch without CUDA would not look for a toolkit.
+    told = f"from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = {str(toolkit)!r}; "
+    monkeypatch.setattr(native, "_COMPILE", told + native._COMPILE)
+    source = workshop.library.sources[0].rename(workshop.folder / "source" / "answer.cu")
+    library = dataclasses.replace(
+        workshop.library, sources=(source,), inputs=(source,), targets=("sm_80",), nvcc_flags=("-O0",)
+    )
+    with pytest.raises(NativeError, match=r"unsupported GNU version.* with a g[+][+] that it supports, named in CXX"):
+        build(library)
+    assert f"-ccbin {workshop.compiler} " in called.read_text()
+
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("CC", "gcc-13")
+    assert native._build_environment()["CC"] == "gcc-13"
+    monkeypatch.delenv("CC")
+    assert "CC" not in native._build_environment()
+
+
 def test_no_compiler_no_ninja(workshop, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert reason_against("cpu").startswith("CXX=no-such-compiler is not a compiler that can be found. Fix: ")
@@ -455,6 +506,32 @@ def test_the_cpu_kernels_are_built_without_a_warning_and_loaded():
     log = path.with_suffix(".log")
     if log.exists():  # not where it came with a wheel
         assert [line for line in log.read_text().splitlines() if "warning:" in line] == []
+
+
+@needs_tools
+@pytest.mark.slow
+def test_a_second_copy_in_one_process_is_refused(tmp_path):
+    """torch ends a process in which an operator is declared twice."""
+    library = native.schema_library()
+    path = next(iter(library.found()), None) or build(library)
+    other = native.copy_into(tmp_path, path)
+
+    def load_after(loaded: Path) -> subprocess.CompletedProcess[str]:
+        program = f"""
+import torch
+from fastd2o.ops import native
+torch.ops.load_library({str(loaded)!r})
+library = native.schema_library()
+with native.Progress(library) as progress:
+    library.load(progress)
+assert torch.ops.fastd2o_native.fold_.default is not None
+"""
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    refused = load_after(other)
+    assert refused.returncode == 1, refused.stderr
+    assert "NativeError: another copy of fastd2o has loaded the operators' schema" in refused.stderr
+    assert load_after(path).returncode == 0
 
 
 def test_import_stays_quick():

@@ -23,7 +23,14 @@ triton = pytest.importorskip("triton")
 
 import fastd2o.kernels  # noqa: E402
 from fastd2o.kernels.configs import TABLE as TABLE_OF_BLOCKS  # noqa: E402
-from tests.ops.triton_compilations import ARCHITECTURES, SHARED_LIMIT, SMALL, SMALL_LIMIT, Compiled  # noqa: E402
+from tests.ops.triton_compilations import (  # noqa: E402
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    SMALL,
+    SMALL_LIMIT,
+    TENSOR_MEMORY,
+    Compiled,
+)
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "kernels" / "triton" / "resources.json"
@@ -35,26 +42,15 @@ def compile_kernels() -> list[Compiled]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = cache
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.ops.triton_compilations", str(part), str(PROCESSES)],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for part in range(PROCESSES)
-        ]
-        outputs = [process.communicate() for process in running]
+        command = [sys.executable, "-m", "tests.ops.triton_compilations", str(PROCESSES)]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        # Triton prints the whole module where one of its passes fails; the end tells which kernel it was.
+        raise RuntimeError(f"a kernel does not compile:\n...{result.stderr[-4000:]}")
     found = []
-    for process, (output, errors) in zip(running, outputs, strict=True):
-        if process.returncode != 0:
-            # Triton prints the whole module where one of its passes fails; the end tells which kernel it was.
-            raise RuntimeError(f"a kernel does not compile:\n...{errors[-4000:]}")
-        for line in output.splitlines():
-            fields = json.loads(line)
-            found.append(Compiled(**{**fields, "instructions": tuple(fields["instructions"])}))
+    for line in result.stdout.splitlines():
+        fields = json.loads(line)
+        found.append(Compiled(**{**fields, "instructions": tuple(fields["instructions"])}))
     return sorted(found, key=lambda one: (one.name, one.arch))
 
 
@@ -72,8 +68,8 @@ def table() -> dict[str, Any]:
 
 
 def complaints(kernels: list[Compiled]) -> list[str]:
-    """What is wrong with them on any architecture: a stack frame (which is where spills go), too much shared memory, no
-    tensor core instruction."""
+    """What is wrong with them on any architecture: a stack frame (which is where spills go), too much shared or tensor
+    memory, no tensor core instruction."""
     wanted = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
     found = []
     for one in kernels:
@@ -81,6 +77,8 @@ def complaints(kernels: list[Compiled]) -> list[str]:
             found.append(f"{one.name} on sm_{one.arch} has a stack frame of {one.stack} bytes")
         if one.shared > one.shared_limit:
             found.append(f"{one.name} on sm_{one.arch} needs {one.shared} bytes of shared memory")
+        if one.tensor_memory > TENSOR_MEMORY:
+            found.append(f"{one.name} on sm_{one.arch} needs {one.tensor_memory} columns of tensor memory")
         if one.uses_tensor_cores and one.arch in wanted and wanted[one.arch] not in one.instructions:
             found.append(f"{one.name} on sm_{one.arch} does without {wanted[one.arch]}")
     return found
@@ -115,6 +113,7 @@ def test_every_kernel_is_compiled_in_every_configuration_of_the_table(kernels: l
         for bits, dtype in ((16, "bfloat16"), (32, "float32")):
             name = f"{kernel} product {dtype} everything"
             assert {(name, arch) for arch in ARCHITECTURES} <= compiled
+            assert {(f"{kernel} product {dtype} ragged", arch) for arch in ARCHITECTURES} <= compiled
             # GPUs with less shared memory have configurations of their own where sm_80's do not fit.
             assert by_arch[86][bits] == by_arch[80][bits] or (f"{name} {SMALL}", 80) in compiled
 
@@ -132,13 +131,15 @@ def test_resources_are_those_recorded(kernels: list[Compiled], table: dict[str, 
 
 def test_what_is_wrong_is_found() -> None:
     def compiled(**changes: Any) -> Compiled:
-        fields: dict[str, Any] = {"registers": 40, "stack": 0, "shared": 1024, "instructions": ("wgmma.mma_async",)}
-        return Compiled(**{"name": "f", "kernel": "f", "arch": 90, "uses_tensor_cores": True, **fields, **changes})
+        fields: dict[str, Any] = {"registers": 40, "stack": 0, "shared": 1024, "tensor_memory": 0}
+        fields.update(name="f", kernel="f", arch=90, instructions=("wgmma.mma_async",), uses_tensor_cores=True)
+        return Compiled(**{**fields, **changes})
 
     assert complaints([compiled(), compiled(arch=80, instructions=()), compiled(name=f"f {SMALL}")]) == []
     assert len(complaints([compiled(stack=8)])) == 1
     assert len(complaints([compiled(shared=SHARED_LIMIT[90] + 1)])) == 1
     assert len(complaints([compiled(name=f"f {SMALL}", shared=SMALL_LIMIT + 1)])) == 1
+    assert len(complaints([compiled(tensor_memory=TENSOR_MEMORY + 1)])) == 1
     assert len(complaints([compiled(instructions=("tcgen05.mma",))])) == 1
     assert len(complaints([compiled(arch=100)])) == 1
     budget = {"kernels": {"f": {"sm_90": {"registers": 40, "shared": 1024}}}}

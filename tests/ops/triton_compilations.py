@@ -12,10 +12,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SMALL = "99 KB"
 SMALL_LIMIT = 99 * 1024
+# Columns of tensor memory that a multiprocessor has.
+TENSOR_MEMORY = 512
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ class Compilation:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        """Whether it multiplies 16-bit factors."""
-        return "PRECISION" in self.constants and "16" in self.signature["hidden"]
+        """Whether it multiplies 16-bit factors, or float32 in TF32."""
+        precision = self.constants.get("PRECISION")
+        return precision == "tf32" or (precision is not None and "16" in self.signature["hidden"])
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of it; bytes of stack and shared memory, and the tensor core instructions in its PTX."""
+    """What came of it; bytes of stack and shared memory, columns of tensor memory, and the tensor core instructions in
+    its PTX."""
 
     name: str
     kernel: str
@@ -65,6 +71,7 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    tensor_memory: int
     instructions: tuple[str, ...]
     uses_tensor_cores: bool
 
@@ -83,7 +90,7 @@ def providers() -> list[Callable[[int], Iterator[Compilation]]]:
 def compilations(arch: int) -> Iterator[Compilation]:
     """The kernels that multiply, and those that merge their partial results."""
     # Imported here, and not where pytest runs in the interpreter, whose kernels cannot be compiled.
-    from fastd2o.kernels.configs import MAX_CANDIDATES, TABLE, ProductConfig
+    from fastd2o.kernels.configs import MAX_CANDIDATES, RAGGED, TABLE, ProductConfig
     from fastd2o.kernels.cringe_forward import MERGED_KEYS, cringe_products_kernel, merge_candidates_kernel
     from fastd2o.kernels.logprob import fold_products_kernel, grad_products_kernel, merge_folds_kernel
 
@@ -96,59 +103,78 @@ def compilations(arch: int) -> Iterator[Compilation]:
     }
 
     def product(
-        name: str, kernel: Any, dtype: str, config: ProductConfig, *, plain: bool, tma: bool, **constants: Any
+        name: str,
+        kernel: Any,
+        dtype: str,
+        config: ProductConfig,
+        *,
+        bias: bool = True,
+        softcap: bool = True,
+        precision: str = "ieee",
+        aligned: bool = True,
+        contiguous: bool = True,
+        **constants: Any,
     ) -> Compilation:
-        """``plain``: without bias, softcap and whatever else may be left out."""
+        """``aligned``: rows begin at multiples of 16 bytes and consist of whole blocks, otherwise nothing is known of
+        them; ``contiguous``: their entries lie side by side."""
+        tma = arch >= 90 and aligned and (dtype != "fp32" or precision == "tf32")
         signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
         signature.update(bias=f"*{dtype}", out=f"*{dtype}")
         for factor, rows in (("hidden", config.block_tokens), ("weight", config.block_columns)):
             signature[factor] = f"tensordesc<{dtype}[{rows},{config.block_hidden}]>" if tma else f"*{dtype}"
         everything: dict[str, Any] = {
-            "hidden_inner": 1,
-            "weight_inner": 1,
+            **({"hidden_inner": 1, "weight_inner": 1} if contiguous else {}),
+            **({} if bias else {"bias": None}),
             "BLOCK_T": config.block_tokens,
             "BLOCK_N": config.block_columns,
             "BLOCK_D": config.block_hidden,
             "PARTS": config.parts,
-            "EVEN_D": True,
+            "EVEN_D": aligned,
             "TMA": tma,
-            "PRECISION": "ieee",
-            "CAPPED": not plain,
-            "HAS_BIAS": not plain,
+            "PRECISION": precision,
+            "CAPPED": softcap,
+            "HAS_BIAS": bias,
             **constants,
         }
-        if plain:
-            everything["bias"] = None
         pointers = [argument for argument, kind in signature.items() if kind.startswith("*")]
-        return _compilation(name, kernel, signature, everything, pointers, config.num_warps, config.num_stages)
+        divisible = [*pointers, "hidden_size", "hidden_stride", "weight_stride", "out_stride"] if aligned else []
+        return _compilation(name, kernel, signature, everything, divisible, config.num_warps, config.num_stages)
 
-    kernels: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
-        "fold": (fold_products_kernel, {"STATISTICS": False}, {"STATISTICS": True}),
-        "grad": (grad_products_kernel, {}, {}),
-        "cringe": (cringe_products_kernel, {"K": 8}, {"K": 16}),
-        "cringe_wide": (cringe_products_kernel, {"K": 64}, {"K": 64}),
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fold": (fold_products_kernel, {"STATISTICS": True}),
+        "grad": (grad_products_kernel, {}),
+        "cringe": (cringe_products_kernel, {"K": 16}),
+        "cringe_wide": (cringe_products_kernel, {"K": MAX_CANDIDATES}),
     }
-    for name, (kernel, least, most) in kernels.items():
-        table = TABLE[name]
-        half, full, tma = table[arch][16], table[arch][32], arch >= 90
-        if name == "fold":
-            least = {**least, "partial_argmax": None}
-        yield product(f"{name} product bfloat16 everything", kernel, "bf16", half, plain=False, tma=tma, **most)
-        yield product(f"{name} product float32 everything", kernel, "fp32", full, plain=False, tma=False, **most)
-        if name in ("fold", "grad"):
-            yield product(f"{name} product bfloat16", kernel, "bf16", half, plain=True, tma=tma, **least)
-        if name == "fold":
-            # Where the layout does not allow tensor descriptors.
-            ragged = {**least, "EVEN_D": False}
-            yield product(f"{name} product float16 pointers", kernel, "fp16", half, plain=True, tma=False, **ragged)
-            yield product(
-                f"{name} product float32 tf32", kernel, "fp32", full, plain=True, tma=tma, PRECISION="tf32", **least
-            )
+    for name, (kernel, most) in kernels.items():
+        half, full, ragged = TABLE[name][arch][16], TABLE[name][arch][32], RAGGED[name]
+        yield product(f"{name} product bfloat16 everything", kernel, "bf16", half, **most)
+        yield product(f"{name} product bfloat16 ragged", kernel, "bf16", ragged[16], aligned=False, **most)
+        yield product(f"{name} product float32 everything", kernel, "fp32", full, **most)
+        yield product(f"{name} product float32 ragged", kernel, "fp32", ragged[32], aligned=False, **most)
+        yield product(f"{name} product float32 tf32", kernel, "fp32", full, precision="tf32", **most)
         if arch == 80:
-            small = product(
-                f"{name} product bfloat16 everything", kernel, "bf16", table[86][16], plain=False, tma=False, **most
-            )
-            yield Compilation(**{**vars(small), "name": f"{small.name} {SMALL}"})
+            half = TABLE[name][86][16]
+            yield product(f"{name} product bfloat16 everything {SMALL}", kernel, "bf16", half, **most)
+
+    fold, grad = TABLE["fold"][arch][16], TABLE["grad"][arch][16]
+    least = {"STATISTICS": False, "partial_argmax": None}
+    for ending, bias, softcap, rest in (
+        ("", False, False, least),
+        (" bias", True, False, least),
+        (" softcap", False, True, least),
+        (" statistics", False, False, {"STATISTICS": True}),
+    ):
+        name = f"fold product bfloat16{ending}"
+        yield product(name, fold_products_kernel, "bf16", fold, bias=bias, softcap=softcap, **rest)
+    yield product("grad product bfloat16", grad_products_kernel, "bf16", grad, bias=False, softcap=False)
+    strided: dict[str, Any] = {"aligned": False, "contiguous": False, "STATISTICS": True}
+    yield product("fold product float16 strided", fold_products_kernel, "fp16", RAGGED["fold"][16], **strided)
+    if arch == 80:
+        # Aligned rows that are not whole blocks; where there are descriptors, these read zeros beyond the end.
+        yield product(
+            "fold product float16 part of a block", fold_products_kernel, "fp16", fold, EVEN_D=False, STATISTICS=True
+        )
 
     for statistics in (False, True):
         signature = {argument: types.get(argument, "i32") for argument in merge_folds_kernel.arg_names}
@@ -157,11 +183,11 @@ def compilations(arch: int) -> Iterator[Compilation]:
             absent = ("partial_argmax", "state_weighted", "state_argmax", "state_total")
             constants.update(dict.fromkeys(absent))
         name = "merge_folds statistics" if statistics else "merge_folds"
-        yield _compilation(name, merge_folds_kernel, signature, constants, [], 4, 3)
+        yield _compilation(name, merge_folds_kernel, signature, constants, (), 4, 3)
     for places in (8, MAX_CANDIDATES):
         signature = {argument: types.get(argument, "i32") for argument in merge_candidates_kernel.arg_names}
         constants = {"K": places, "BLOCK_T": MERGED_KEYS // places}
-        yield _compilation(f"merge_candidates {places}", merge_candidates_kernel, signature, constants, [], 4, 3)
+        yield _compilation(f"merge_candidates {places}", merge_candidates_kernel, signature, constants, (), 4, 3)
 
 
 def _compilation(
@@ -169,16 +195,13 @@ def _compilation(
     kernel: Any,
     signature: dict[str, str],
     constants: dict[str, Any],
-    pointers: list[str],
+    divisible: Iterable[str],
     num_warps: int,
     num_stages: int,
 ) -> Compilation:
-    """Constants take the place of what the signature says; rows are assumed to be aligned."""
+    """Constants take the place of what the signature says."""
     signature = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    aligned = [
-        name for name in (*pointers, "hidden_size", "hidden_stride", "weight_stride", "out_stride") if name in signature
-    ]
-    divisible = tuple(name for name in aligned if signature[name] != "constexpr")
+    divisible = tuple(name for name in divisible if signature.get(name, "constexpr") != "constexpr")
     return Compilation(name, kernel, signature, constants, divisible, num_warps, num_stages)
 
 
@@ -212,21 +235,32 @@ def compile_one(compilation: Compilation, arch: int, folder: Path) -> Compiled:
         registers=int(used[1]),
         stack=int(used[2]) + int(used[3]),
         shared=kernel.metadata.shared,
+        tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         instructions=instructions,
         uses_tensor_cores=compilation.uses_tensor_cores,
     )
 
 
+# Every compilation with its architecture. What multiplies takes longest, and comes first: processes end together.
+_everything: list[tuple[Compilation, int]] = []
+
+
+def _compiled(index: int) -> Compiled:
+    compilation, arch = _everything[index]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return compile_one(compilation, arch, Path(folder))
+    except Exception as error:
+        raise RuntimeError(f"{compilation.name} does not compile for sm_{arch}") from error
+
+
 def main() -> None:
-    """``triton_compilations PART PARTS``: compile every PARTS-th kernel, and print a line of JSON for each."""
-    part, parts = int(sys.argv[1]), int(sys.argv[2])
-    everything = [(one, arch) for arch in ARCHITECTURES for provider in providers() for one in provider(arch)]
-    with tempfile.TemporaryDirectory() as folder:
-        for compilation, arch in everything[part::parts]:
-            try:
-                compiled = compile_one(compilation, arch, Path(folder))
-            except Exception as error:
-                raise RuntimeError(f"{compilation.name} does not compile for sm_{arch}") from error
+    """``triton_compilations PROCESSES``: compile every kernel, and print a line of JSON for each."""
+    _everything.extend((one, arch) for arch in ARCHITECTURES for provider in providers() for one in provider(arch))
+    _everything.sort(key=lambda entry: "PRECISION" not in entry[0].constants)
+    # Forked, so that kernels need not be sent, nor modules be imported again.
+    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=get_context("fork")) as pool:
+        for compiled in pool.map(_compiled, range(len(_everything))):
             print(json.dumps(asdict(compiled)), flush=True)
 
 

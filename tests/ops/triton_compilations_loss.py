@@ -17,11 +17,9 @@ SWITCHES: list[tuple[str, dict[str, float]]] = [
 
 
 def compilations(arch: int) -> Iterator[Compilation]:
-    """The launcher's choices are the same on every architecture: all objectives are compiled for one, and for the
-    others those that have something of their own."""
+    """The same for every ``arch``."""
+    del arch
     for objective, switches in SWITCHES:
-        if arch != 90 and objective not in ("d2o", "discopop", "pairwise_cringe"):
-            continue
         with_cringe = objective in CRINGE_OBJECTIVES
         unread = "ref_logp" if with_cringe else "token_cringe"
         signature: dict[str, Any] = {
