@@ -135,7 +135,8 @@ def _but_for_time(before: Row, after: Row, memory: float | None, threshold: floa
     allowed = max(_MEGABYTES, threshold * abs(before.extra_megabytes or 0.0))
     if memory is not None and memory > allowed:
         return "more memory"
-    for name, error in before.errors.items():
+    for name in before.errors.keys() & {"value", "last_values", "gradient", "hidden_gradient", "weight_gradient"}:
+        error = before.errors[name]
         if after.errors.get(name, 0.0) > max(_LAST_DIGITS, _TIMES_THE_ERROR * error):
             return "less accurate"
     shortest = (1 - max(threshold, 1 / _LONGEST_PARTS)) * (before.longest or 0)

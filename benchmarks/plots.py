@@ -177,15 +177,24 @@ def _shares(report: Report) -> Figure | None:
 
 
 def _at_one_shape(report: Report, cases: Sequence[str]) -> list[Contest]:
-    """The contests at the shape at which most of the cases were held, bfloat16 and the largest of several."""
+    """The contests at the shape at which most of the cases were held, with most contestants of several, bfloat16 and
+    the largest of these; and of a case that was not held there, the one with most."""
     groups: dict[tuple[object, ...], list[Contest]] = {}
     for contest in (contest for case in cases for contest in report.of(case)):
         groups.setdefault(tuple(contest.shape.values()), []).append(contest)
 
-    def rank(group: Sequence[Contest]) -> tuple[int, bool, float]:
-        return len(group), group[0].shape["dtype"] == "bfloat16", sum(contest.flops for contest in group)
+    def rank(group: Sequence[Contest]) -> tuple[int, int, bool, float]:
+        finished = sum(row.over_products is not None for contest in group for row in contest.rows)
+        operations = sum(contest.flops for contest in group)
+        return len(group), finished, group[0].shape["dtype"] == "bfloat16", operations
 
-    return max(groups.values(), key=rank, default=[])
+    chosen = max(groups.values(), key=rank, default=[])
+    of_case = {contest.case: contest for contest in chosen}
+    for case in cases:
+        elsewhere = [[contest] for contest in report.of(case)]
+        if case not in of_case and elsewhere:
+            (of_case[case],) = max(elsewhere, key=rank)
+    return [of_case[case] for case in cases if case in of_case]
 
 
 def _contestants(contests: Sequence[Contest]) -> list[str]:

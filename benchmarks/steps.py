@@ -44,6 +44,8 @@ WRONG = 0.25
 _GRAIN, _LONGEST = 8, 2048
 # What was done, which nobody asks of those who are no part of FastD2O.
 _NO_PLAN = Plan.choose(tokens=1, hidden_size=1, vocab_size=2, algorithm="forward", dtype=torch.float32, device="cpu")
+# In the words of allocators, of CUDA and of oneDNN.
+_OUT_OF_MEMORY = ("alloc", "out of memory", "create a memory")
 # What a trainer that is given batches asks of its tokenizer.
 _NO_TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=0)
 
@@ -143,7 +145,7 @@ def longest(name: str, shape: StepShape, device: str, contestant: str) -> int:
             except MemoryError:
                 return False
             except RuntimeError as error:  # torch has no other type for what the CPU's allocator refuses
-                if "alloc" not in str(error):
+                if not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
                     raise
                 return False
 

@@ -4,8 +4,9 @@
 // logits [T, N] float32, rows contiguous. weights and out [T, N] float32, bfloat16 or float16.
 //
 // Work per logit: fold_ reads it twice, the second time from the first-level cache: a maximum, then a subtraction, an exponential
-// (15 instructions for a register of them) and an addition. grad_ reads it once; scale_ is a
-// multiplication. Bytes: a read of the tile, and a write where weights or gradients are wanted; scale_ reads from memory. One thread takes whole rows, so the bits do not depend on how many threads there are.
+// (15 instructions for a register of them) and an addition. grad_ reads it once; scale_ is a multiplication. Bytes: a read of
+// the tile, and a write where weights or gradients are wanted; scale_ reads from memory. One thread takes whole rows, so the
+// bits do not depend on how many threads there are.
 //
 // Written once in at::vec, compiled for AVX-512, AVX2 and for any machine.
 #include <ATen/cpu/vec/functional.h>

@@ -296,7 +296,9 @@ class Plan:
             total += tokens * columns * factor  # the tile's gradient, in the dtype of the products
         elif self.dtype == torch.float16:  # backend torch on the CPU
             total += (tokens * columns + columns * self.hidden_size) * sums  # factors, widened for their product
-        total += tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
+        # What a product takes that is to be added to a sum; backend cpu's adds where it is.
+        products = 0 if self.backend == "cpu" else 1
+        total += products * tokens * self.hidden_size * sums  # one slab's share of the gradient of hidden
         if self.algorithm == "unit":
             return total + (self.tokens + 2 * tokens) * self.hidden_size * sums  # what the backward multiplies
         total += self.kept_columns * part * factor + -(-self.kept_columns // self.block_vocab) * part * sums
@@ -305,7 +307,7 @@ class Plan:
         if summed and weight_dtype.itemsize < sums:
             total += self.vocab_size * self.hidden_size * sums  # what the parts' gradients of the weight are added to
         # The sum itself, the target's rows of the weight, and a slab's gradient of the weight.
-        return total + self.hidden_size * (self.tokens * (2 * sums + factor) + 2 * columns * sums)
+        return total + self.hidden_size * (self.tokens * (2 * sums + factor) + (1 + products) * columns * sums)
 
     def _working_bytes(self, tokens: int, columns: int) -> int:
         """What the backend holds while it works on one tile."""

@@ -211,7 +211,9 @@ class TorchTileOps:
 
 def _add_product_(out_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """Add a product of 16-bit factors to float32 sums on CUDA, where no factor or sum is ever rounded to 16 bits."""
-    if _adds_in_place(out_MN.device, left_MK.dtype):
+    with torch.cuda.device_of(out_MN):
+        in_place = _adds_in_place(out_MN.device, left_MK.dtype)
+    if in_place:
         # torch.addmm has not always taken float32 sums to add 16-bit factors to; its kin for batches, here of one, has.
         out_1MN = out_MN.unsqueeze(0)
         torch.baddbmm(out_1MN, left_MK.unsqueeze(0), right_KN.unsqueeze(0), out_dtype=out_MN.dtype, out=out_1MN)
@@ -243,6 +245,8 @@ def _try_to_add(device: torch.device, dtype: torch.dtype) -> bool:
     sums = torch.full((1, 16, 16), 0.125, dtype=torch.float32, device=device)
     try:
         torch.baddbmm(sums, factors, factors, out_dtype=sums.dtype, out=sums)
+    except torch.OutOfMemoryError:  # which says nothing about products
+        raise
     except (RuntimeError, TypeError):
         return False
     return bool((sums == 16 * 9 + 0.125).all())

@@ -193,10 +193,14 @@ def fits_tma(factor: Tensor) -> bool:
     )
 
 
-def is_ragged(factor: Tensor, arch: int) -> bool:
+def is_ragged(factor: Tensor, tma: bool) -> bool:
     """Whether a factor's entries come one by one: pointers serve it, and Triton, which asks whether numbers are
-    multiples of 16, learns nothing of how its rows are aligned."""
-    if arch in (90, 100):
+    multiples of 16, learns nothing of how its rows are aligned.
+
+    Args:
+        tma: whether descriptors serve what fits them, see :func:`has_tma`.
+    """
+    if tma:
         return not fits_tma(factor)
     return factor.stride(1) != 1 or any(n % 16 for n in (factor.stride(0), factor.shape[1], factor.data_ptr()))
 
@@ -238,13 +242,14 @@ def choose(
         trial: makes the call with one configuration, on results that nobody needs.
     """
     device = hidden_TD.device
-    arch = architecture(device)
-    ragged = is_ragged(hidden_TD, arch) or is_ragged(weight_ND, arch)
-    entry = table_entry(kernel, arch, hidden_TD.dtype, ragged)
+    how = precision(hidden_TD.dtype)
+    tma = has_tma(device, hidden_TD.dtype, how)
+    ragged = is_ragged(hidden_TD, tma) or is_ragged(weight_ND, tma)
+    entry = table_entry(kernel, architecture(device), hidden_TD.dtype, ragged)
     if device.type != "cuda" or os.environ.get("FASTD2O_AUTOTUNE") != "1":
         return entry
     tokens, hidden_size = hidden_TD.shape
-    key = (kernel, device, hidden_TD.dtype, ragged, tokens.bit_length(), len(weight_ND), hidden_size, *variant)
+    key = (kernel, device, hidden_TD.dtype, how, ragged, tokens.bit_length(), len(weight_ND), hidden_size, *variant)
     if key not in _tuned:
         with torch.cuda.device_of(hidden_TD):  # do_bench times the current device
             if torch.cuda.is_current_stream_capturing():  # which waits for nothing, so nothing can be measured

@@ -38,6 +38,7 @@ _TESTS = (
 _TESTS_WITH_HYPOTHESIS = "tests/losses/test_triton_loss.py"
 _MOST_WORKERS = 12
 
+COMPILER = "a C++ compiler"
 # How many of a phase's last lines are shown.
 _SHOWN, _SHOWN_OF_FAILURE = 3, 25
 # Seconds in which a phase that is interrupted may say how far it came.
@@ -107,7 +108,7 @@ def phases() -> list[Phase]:
         return Phase(name, arguments, seconds, checks=(tool, kernels), environment=uncached, after="sanitizer")
 
     return [
-        Phase("kernels", (*every_kernel, "cuda"), 100, ("torch", "setuptools"), ("ninja", "c++", "nvcc")),
+        Phase("kernels", (*every_kernel, "cuda"), 100, ("torch", "setuptools"), ("ninja", COMPILER, "nvcc")),
         Phase(
             "tests",
             _pytest(),
@@ -149,7 +150,9 @@ def installed(package: str) -> bool:
 
 
 def program(name: str) -> str | None:
-    """On the PATH, beside Python, or in CUDA's toolkit."""
+    """On the PATH, beside Python, or in CUDA's toolkit. The compiler may be one of several."""
+    if name == COMPILER:
+        return next(filter(None, map(program, filter(None, (os.environ.get("CXX"), "c++", "g++")))), None)
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent), str(toolkit)]
     return shutil.which(name, path=os.pathsep.join(folders))
@@ -251,7 +254,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _keep(phase: Phase, out: Path) -> None:
     """Copy what a phase has written, not what was there before it."""
     for path in phase.results:
-        if path.parent != out and path.exists() and path.stat().st_mtime >= _STARTED:
+        if path.parent.resolve() != out.resolve() and path.exists() and path.stat().st_mtime >= _STARTED:
             shutil.copy2(path, out / path.name)
 
 

@@ -53,10 +53,10 @@ def run(case: Case, trained: bool, **options: Any) -> tuple[Tensor, dict[str, Te
 
 @pytest.fixture(autouse=True)
 def _full_float32() -> Any:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("options", OPTIONS)
