@@ -152,19 +152,22 @@ def compilations(arch: int) -> Iterator[Compilation]:
         yield product(f"{name} product bfloat16 ragged", kernel, "bf16", ragged[16], aligned=False, **most)
         yield product(f"{name} product float32 everything", kernel, "fp32", full, **most)
         yield product(f"{name} product float32 ragged", kernel, "fp32", ragged[32], aligned=False, **most)
-        yield product(f"{name} product float32 tf32", kernel, "fp32", full, precision="tf32", **most)
+        if arch >= 90:
+            yield product(f"{name} product float32 tf32", kernel, "fp32", full, precision="tf32", **most)
         if arch == 80:
             half = TABLE[name][86][16]
             yield product(f"{name} product bfloat16 everything {SMALL}", kernel, "bf16", half, **most)
 
     fold, grad = TABLE["fold"][arch][16], TABLE["grad"][arch][16]
-    least = {"STATISTICS": False, "partial_argmax": None}
-    for ending, bias, softcap, rest in (
-        ("", False, False, least),
+    least: dict[str, Any] = {"STATISTICS": False, "partial_argmax": None}
+    yield product("fold product bfloat16", fold_products_kernel, "bf16", fold, bias=False, softcap=False, **least)
+    # Where registers are scarcest: some of everything may need more of them than all or nothing.
+    some: list[tuple[str, bool, bool, dict[str, Any]]] = [
         (" bias", True, False, least),
         (" softcap", False, True, least),
         (" statistics", False, False, {"STATISTICS": True}),
-    ):
+    ]
+    for ending, bias, softcap, rest in some if arch == 90 else ():
         name = f"fold product bfloat16{ending}"
         yield product(name, fold_products_kernel, "bf16", fold, bias=bias, softcap=softcap, **rest)
     yield product("grad product bfloat16", grad_products_kernel, "bf16", grad, bias=False, softcap=False)
