@@ -22,7 +22,9 @@ from .tables import heading, title, where
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "rounds.md")
 PICTURES = ROOT / "docs" / "images" / "benchmarks"
-TARGETS, FULL, PREFERENCE = (FOLDER / f"cpu-{name}.json" for name in ("targets", "full", "preference"))
+TARGETS, FULL, PREFERENCE, KEPT = (
+    FOLDER / f"cpu-{name}.json" for name in ("targets", "full", "preference", "memory-budget")
+)
 
 _PART = re.compile(r"(<!-- figures:([\w-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 # Of the targets, the shape at which all contestants are shown.
@@ -156,6 +158,16 @@ def preference() -> str:
     )
 
 
+def memory_budget() -> str:
+    """FastD2O with memory for softmax weights, and who keeps logits."""
+    report = Report.read(KEPT)
+    lines = []
+    for contest in report.contests:
+        for row in contest.rows:
+            lines.append([heading(contest) if row is contest.rows[0] else "", title(row.contestant), _cell(row)])
+    return _table(["", "", "time over the products · memory"], lines)
+
+
 def aims() -> str:
     """How many of the targets are met, and which are not."""
     report = Report.read(TARGETS)
@@ -225,6 +237,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     **{f"grid-{case}": lambda case=case: grid(case) for case in CASES},  # type: ignore[misc]
     "training-steps": training_steps,
     "preference": preference,
+    "memory-budget": memory_budget,
     "aims": aims,
     "exponents": exponents,
     "slower": slower,
