@@ -381,7 +381,7 @@ def assert_surroundings_untouched(layout: Layout, tile: Tensor) -> None:
 
 
 def test_fold_sees_nan_and_infinity(host: Host) -> None:
-    raw = torch.randn(4, 70)
+    raw = torch.randn(4, 70, generator=torch.Generator().manual_seed(0))
     raw[0, 3] = torch.nan
     raw[1, 5] = torch.inf
     raw[2, 7] = torch.nan  # the target, which takes no part
@@ -391,7 +391,8 @@ def test_fold_sees_nan_and_infinity(host: Host) -> None:
     EmulatedOps(host, PLAIN).fold(raw.clone(), target, 0, actual)
     TorchTileOps(PLAIN, torch.float64).fold(raw.double(), target, 0, expected)
     torch.testing.assert_close(actual.max.double(), expected.max, equal_nan=True)
-    torch.testing.assert_close(actual.sum.double(), expected.sum, equal_nan=True)
+    # 70 exponentials, each of a rounded difference, are added in float32.
+    torch.testing.assert_close(actual.sum.double(), expected.sum, rtol=1e-6, atol=0.0, equal_nan=True)
     torch.testing.assert_close(actual.target_logit.double(), expected.target_logit, equal_nan=True)
 
 
