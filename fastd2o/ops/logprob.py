@@ -6,11 +6,13 @@ through autograd, ``torch.compile`` and FakeTensor; the engine does the work on 
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from fastd2o.ops import engine
 from fastd2o.ops.checks import (
@@ -303,7 +305,8 @@ def _logodds_op(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit, and the two tensors of
-    :class:`~fastd2o.ops.kept.Kept`; what was not asked for is empty."""
+    :class:`~fastd2o.ops.kept.Kept`; what was not asked for is empty. The unit gradient, which is as large as hidden in
+    float32, and what is kept are of the tokens that count alone, if ``compact``."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
     tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused, kept_bytes)
     counted = Counted.of_targets(target, weight.shape[0], ignore_index, compact)
@@ -325,7 +328,7 @@ def _logodds_op(
     return (
         scattered(result.logodds),
         scattered(result.lse_others),
-        scattered(result.unit_TD),
+        result.unit_TD if counted.rows is not None and result.unit_TD is not None else scattered(result.unit_TD),
         scattered(entropy),
         hidden.new_empty(0, dtype=torch.int64) if top1 is None else scattered(top1),
         scattered(mean_logit),
@@ -336,17 +339,23 @@ def _logodds_op(
 
 @_logodds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, algorithm, _, _, dtype, _, _, kept_bytes, _, stats = options
+    *_, algorithm, _, _, dtype, _, _, kept_bytes, compact, stats = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
         return hidden.new_empty(target.shape if wanted else (0,), dtype=kind)
 
-    unit = hidden.new_empty(hidden.shape if algorithm == "unit" else (0,), dtype=sums)
-    kept, kept_max = hidden.new_empty(0, dtype=dtype), hidden.new_empty(0, dtype=sums)
-    if kept_bytes and algorithm == "recompute":
-        # Of the tokens that count, which only a run knows.
-        size = torch.library.get_ctx().new_dynamic_size
+    # How many tokens count only a run knows.
+    size = torch.library.get_ctx().new_dynamic_size
+    unit, kept, kept_max = (hidden.new_empty(0, dtype=kind) for kind in (sums, dtype, sums))
+    if algorithm == "unit":
+        tokens = hidden.shape[0]
+        if compact:
+            # Without symbolic shapes: as if all of them did.
+            with contextlib.suppress(DynamicOutputShapeException):
+                tokens = size()
+        unit = unit.new_empty(tokens, hidden.shape[1])
+    elif kept_bytes and algorithm == "recompute":
         kept, kept_max = kept.new_empty(size()), kept_max.new_empty(size(), size(), 1)
     return column(), column(), unit, column(stats), column(stats, torch.int64), column(stats), kept, kept_max
 
@@ -436,16 +445,18 @@ def empty_gradients(
 
 
 @torch.library.custom_op("fastd2o::unit_backward", mutates_args=())
-def _unit_backward_op(coef: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``."""
+def _unit_backward_op(coef: Tensor, unit: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``, which is
+    of all tokens or of those that are ``counted``."""
+    tokens = Counted() if len(unit) == len(coef) else Counted(rows=counted.nonzero().squeeze(1))
     dhidden = unit.new_empty(unit.shape, dtype=dtype)
-    scale_rows(unit, coef.unsqueeze(1), dhidden)
-    return dhidden
+    scale_rows(unit, tokens.gather(coef).unsqueeze(1), dhidden)
+    return tokens.scatter(dhidden, len(coef))
 
 
 @_unit_backward_op.register_fake
-def _(coef: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    return unit.new_empty(unit.shape, dtype=dtype)
+def _(coef: Tensor, unit: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    return unit.new_empty((coef.shape[0], unit.shape[1]), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -479,10 +490,11 @@ def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor |
         return (None, None, None, None, *no_gradient)
     target, *saved = ctx.saved_tensors
     # What an ignored token's 0.0 is multiplied with downstream must not matter, not even if that is NaN.
-    coef = torch.where(target == ctx.ignore_index, 0.0, grad_logodds)
+    counted = target != ctx.ignore_index
+    coef = torch.where(counted, grad_logodds, 0.0)
     if ctx.algorithm == "unit":
         (unit,) = saved
-        return (torch.ops.fastd2o.unit_backward(coef, unit, ctx.hidden_dtype), None, None, None, *no_gradient)
+        return (torch.ops.fastd2o.unit_backward(coef, unit, counted, ctx.hidden_dtype), None, None, None, *no_gradient)
     hidden, weight, bias, *of_forward = saved
     need = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastd2o.logodds_backward(coef, hidden, weight, bias, target, *of_forward, *ctx.options, *need)

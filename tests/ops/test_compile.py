@@ -69,7 +69,9 @@ def test_opcheck_backwards() -> None:
     results = torch.library.opcheck(operator, (*inputs, column, *nothing_kept, *of_logodds))
     assert set(results.values()) == {"SUCCESS"}
     operator = torch.ops.fastd2o.unit_backward
-    assert set(torch.library.opcheck(operator, (column, hidden, torch.bfloat16)).values()) == {"SUCCESS"}
+    for unit in (hidden, hidden[target >= 0]):
+        results = torch.library.opcheck(operator, (column, unit, target >= 0, torch.bfloat16))
+        assert set(results.values()) == {"SUCCESS"}
     positive = torch.where(target >= 0, (target + 1) % 50, -1)
     operator = torch.ops.fastd2o.cringe_backward
     results = torch.library.opcheck(operator, (*inputs, positive, column, column + 1, False, *shared))

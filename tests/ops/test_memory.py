@@ -102,8 +102,22 @@ def test_the_backward_of_a_frozen_head_holds_its_result_alone(dtype: torch.dtype
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_backward_of_a_frozen_head_rounds_once(dtype: torch.dtype) -> None:
-    coef, unit = torch.randn(700), torch.randn(700, 1024)
-    assert torch.equal(torch.ops.fastd2o.unit_backward(coef, unit, dtype), (unit * coef.unsqueeze(1)).to(dtype))
+    coef, unit, counted = torch.randn(700), torch.randn(700, 1024), torch.arange(700) % 3 > 0
+    expected = (unit * coef.unsqueeze(1)).to(dtype)
+    assert torch.equal(torch.ops.fastd2o.unit_backward(coef, unit, counted, dtype), expected)
+    some = torch.ops.fastd2o.unit_backward(coef, unit[counted], counted, dtype)
+    assert torch.equal(some, torch.where(counted.unsqueeze(1), expected, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_frozen_head_holds_the_unit_gradient_of_the_tokens_that_count(dtype: torch.dtype) -> None:
+    """All that lies between forward and backward, and the most that it takes to form it."""
+    hidden, weight = torch.randn(2048, 1024).to(dtype).requires_grad_(), torch.randn(100, 1024).to(dtype)
+    target = torch.randint(100, (2048,)).index_fill(0, torch.arange(1536), -100)
+    unit = 512 * 1024 * torch.float32.itemsize
+    use = measure_memory(lambda: fastd2o.linear_logprob(hidden, weight, target))
+    assert unit <= use.remaining < 1.05 * unit
+    assert use.peak < 4 * unit  # one of all tokens would be as much by itself
 
 
 def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
