@@ -321,7 +321,7 @@ def _composed(
         segment_lengths(sequence_start, len(token_logp_N)),
         segment_lengths(group_start, len(positive_S)),
     )
-    group_S = segment_owner(count_G, len(positive_S))
+    group_S = segment_owner(group_start, len(positive_S))
     logp_S = sum_segments(token_logp_N, length_S)
     cringe_S = None if token_cringe_N is None else sum_segments(token_cringe_N, length_S)
 
@@ -406,9 +406,9 @@ def segment_lengths(start: Tensor, items: int) -> Tensor:
     return inner.diff(prepend=start.new_zeros(1), append=start.new_full((1,), items))
 
 
-def segment_owner(length: Tensor, items: int) -> Tensor:
-    """[items] int64: the segment that each item lies in."""
-    return torch.repeat_interleave(length, output_size=items)
+def segment_owner(start: Tensor, items: int) -> Tensor:
+    """[items] int64: the segment that each item lies in; one of them whatever the offsets hold. Two launches."""
+    return torch.searchsorted(start[1:-1].contiguous(), torch.arange(items, device=start.device), right=True)
 
 
 def sum_segments(values: Tensor, length: Tensor) -> Tensor:
@@ -483,9 +483,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if grad_loss is None:
         return (None, None, *no_gradient)
     sequence_start, group_start, *coefficients = ctx.saved_tensors
-    sequences = len(coefficients[0])
-    grad_sequence_S = grad_loss.index_select(0, segment_owner(segment_lengths(group_start, sequences), sequences))
-    sequence_N = segment_owner(segment_lengths(sequence_start, ctx.tokens), ctx.tokens)
+    grad_sequence_S = grad_loss.index_select(0, segment_owner(group_start, len(coefficients[0])))
+    sequence_N = segment_owner(sequence_start, ctx.tokens)
     gradients = [
         (coef_S * grad_sequence_S).index_select(0, sequence_N) if needed else None
         for coef_S, needed in zip(coefficients, ctx.needs_input_grad[:2], strict=True)

@@ -320,7 +320,7 @@ class _Call:
         length_S = segment_lengths(part.sequence_start, len(token_logp))
         if not isinstance(self.objective, str):
             logp_S = sum_segments(token_logp, length_S)
-            own_S = segment_owner(segment_lengths(part.group_start, len(positive_S)), len(positive_S))
+            own_S = segment_owner(part.group_start, len(positive_S))
             return self._in_given_order(part, logp_S, reference_S, own_S), logp_S
         if self.objective == "ipo" or self.options.get("length_normalize"):
             empty = part.sequences[length_S == 0].tolist()
