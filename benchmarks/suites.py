@@ -59,7 +59,7 @@ SUITES: dict[str, dict[str, Suite]] = {
         "default": Suite(  # a large vocabulary in bfloat16, and training steps: about ten minutes on two cores
             _all((*OF_TOKENS, *_LOSSES), [1024], [512], [_LARGE], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
-            Patience(),
+            Patience(rounds=5, most_rounds=15, seconds=2, each=10, turn=4, most_seconds=20),
         ),
         "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: hours on two cores
             [

@@ -349,7 +349,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *opti
     size = torch.library.get_ctx().new_dynamic_size
     unit, kept, kept_max = (hidden.new_empty(0, dtype=kind) for kind in (sums, dtype, sums))
     if algorithm == "unit":
-        tokens = hidden.shape[0]
+        tokens: int | torch.SymInt = hidden.shape[0]
         if compact:
             # Without symbolic shapes: as if all of them did.
             with contextlib.suppress(DynamicOutputShapeException):
@@ -446,8 +446,8 @@ def empty_gradients(
 
 @torch.library.custom_op("fastd2o::unit_backward", mutates_args=())
 def _unit_backward_op(coef: Tensor, unit: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
-    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``, which is
-    of all tokens or of those that are ``counted``."""
+    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``. That is
+    of all tokens, or of those that are ``counted``."""
     tokens = Counted() if len(unit) == len(coef) else Counted(rows=counted.nonzero().squeeze(1))
     dhidden = unit.new_empty(unit.shape, dtype=dtype)
     scale_rows(unit, tokens.gather(coef).unsqueeze(1), dhidden)
