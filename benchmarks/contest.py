@@ -27,7 +27,7 @@ from .products import Products
 from .race import Patience, race
 from .results import FLOOR, LEFT_OUT, Contest, LeftOutError, Row
 
-CHECKED_TOKENS = 256
+CHECKED_TOKENS = 64
 # An error beyond this, relative, is no rounding: something else was computed.
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 

@@ -196,8 +196,8 @@ def _trl(name: str) -> Contestant:
     from trl.kernels import ChunkedLogProbFunction
 
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        # 8192 columns is the chunk that TRL's DPOTrainer passes; no optional outputs.
-        result: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 8192, None, 1.0, ())[0]
+        # As many columns at a time as its trainers pass; no optional outputs.
+        result: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, 32768, None, 1.0, ())[0]
         return result
 
     # That is what its trainer does for DPO, too.

@@ -57,9 +57,9 @@ SUITES: dict[str, dict[str, Suite]] = {
             Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
         ),
         "default": Suite(  # a large vocabulary in bfloat16, and training steps: about ten minutes on two cores
-            _all((*OF_TOKENS, *_LOSSES), [1024], [512], [_LARGE], ["bfloat16"]),
+            _all((*OF_TOKENS, *_LOSSES), [512], [512], [_LARGE], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
-            Patience(rounds=5, most_rounds=15, seconds=2, each=10, turn=4, most_seconds=20),
+            Patience(rounds=5, most_rounds=15, seconds=2, each=6, turn=2, most_seconds=20),
         ),
         "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: hours on two cores
             [
