@@ -20,7 +20,7 @@ demo:
 
 test: lint
 	@$(call PYTHON_WITH,dev) && echo "tests: pytest on 2 processes, with coverage" && \
-	  OMP_NUM_THREADS=1 "$$python" -m pytest -n 2 --dist loadfile -q --cov=fastd2o --cov-report=term:skip-covered $(ARGS)
+	  OMP_NUM_THREADS=1 "$$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --cov=fastd2o --cov-report=term:skip-covered $(ARGS)
 
 lint:
 	@$(call PYTHON_WITH,dev) && echo "lint: ruff check, ruff format" && "$$python" -m ruff check . && \

@@ -56,12 +56,12 @@ SUITES: dict[str, dict[str, Suite]] = {
             [(name, StepShape(completion=64, hidden=128, layers=2, vocab=_SMALL, budget=0)) for name in STEPS],
             Patience(rounds=4, most_rounds=9, seconds=0.2, each=1, turn=1),
         ),
-        "default": Suite(  # a large vocabulary in bfloat16, and training steps: about ten minutes on two cores
+        "default": Suite(  # a large vocabulary in bfloat16, and training steps: a quarter of an hour on two cores
             _all((*OF_TOKENS, *_LOSSES), [512], [512], [_LARGE], ["bfloat16"]),
             [(name, StepShape(completion=64, hidden=256, layers=2, vocab=_LARGE)) for name in STEPS],
             Patience(rounds=5, most_rounds=15, seconds=2, each=6, turn=2, most_seconds=20),
         ),
-        "full": Suite(  # 256 to 16384 tokens, two vocabularies, two dtypes, all peers: hours on two cores
+        "full": Suite(  # 256 to 16384 tokens, four vocabularies, two dtypes, all peers: hours on two cores
             [
                 *_all(("frozen", "trained"), [256, 1024], [256], [_SMALL, _LARGE], _DTYPES),
                 *_all(_LOSSES, [1024], [256], [_SMALL, _LARGE], _DTYPES),
@@ -76,6 +76,7 @@ SUITES: dict[str, dict[str, Suite]] = {
         ),
         "targets": Suite(  # the shapes that this project has targets for: an hour and more
             [(case, shape) for shape in TARGET_SHAPES["cpu"] for case in OF_TOKENS],
+            patience=Patience(rounds=5, most_rounds=15, seconds=3, each=40, turn=12, most_seconds=120),
             peer_tokens=2048,
         ),
     },

@@ -34,11 +34,11 @@ _RESULTS, _PREVIOUS = "results.json", "results.previous.json"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``fastd2o bench``."""
     parser.epilog = _EPILOG
-    suite = parser.add_argument_group("suite; default: a large vocabulary in bfloat16, ten minutes on two cores")
+    suite = parser.add_argument_group("suite; default: a large vocabulary in bfloat16, 15 minutes on two cores")
     suite = suite.add_mutually_exclusive_group()
     for name, about in (
         ("quick", "small shapes: two minutes on two cores"),
-        ("full", "256 to 16384 tokens, two vocabularies, two dtypes, and how cost grows: hours"),
+        ("full", "256 to 16384 tokens, four vocabularies, two dtypes, and how cost grows: hours"),
         ("targets", "the shapes that this project has targets for: an hour and more"),
     ):
         suite.add_argument(f"--{name}", dest="suite", action="store_const", const=name, help=about)

@@ -344,9 +344,11 @@ def _composed(
     positives_G = of_positives(ones_S)
     mean_length_S = length_S if options.get("length_normalize") else ones_S
 
+    sound = _rises(sequence_start, len(token_logp_N)) & _rises(group_start, len(positive_S))
     if objective == "cringe":
         assert cringe_S is not None
-        return GroupedLoss(of_positives(-logp_S) + options["alpha"] * of_negatives(cringe_S), logp_S.detach())
+        loss_G = of_positives(-logp_S) + options["alpha"] * of_negatives(cringe_S)
+        return GroupedLoss(torch.where(sound, loss_G, torch.nan), logp_S.detach())
 
     if objective == "pairwise_cringe":
         assert cringe_S is not None
@@ -394,7 +396,12 @@ def _composed(
             **options,
         )
         loss_G = of_positives(pairs_S) / positives_G.clamp(min=1)
-    return GroupedLoss(torch.where(of_negatives(ones_S) == 1, loss_G, torch.nan), logp_S.detach())
+    return GroupedLoss(torch.where(sound & (of_negatives(ones_S) == 1), loss_G, torch.nan), logp_S.detach())
+
+
+def _rises(start: Tensor, end: int) -> Tensor:
+    """0-d bool: whether these are offsets from 0 to ``end``; nobody waits to know."""
+    return (start[0] == 0) & (start[-1] == end) & (start.diff() >= 0).all()
 
 
 def segment_lengths(start: Tensor, items: int) -> Tensor:

@@ -155,7 +155,7 @@ def linear_preference_loss(
             are exactly 0 cost nothing in the backward.
         vocab_mass_tol: leave columns out of the gradients of a part that together hold no more than this of the softmax
             of any of its tokens (targets stay): ``|dX_t|`` is off by at most ``|coef_t| tol max |W_v|``, ``dW`` by
-            ``sum_t |coef_t| tol |h_t|``; docs/engine.md derives it. Applies where softmax weights are kept.
+            ``sum_t |coef_t| tol |h_t|``; docs/active-vocabulary.md derives it. Applies where softmax weights are kept.
         **head: ``bias, logit_scale, softcap, temperature, ignore_index, backend, plan, memory_budget`` of
             :func:`fastd2o.linear_logprob`. ``memory_budget`` is 1 GiB by default.
 

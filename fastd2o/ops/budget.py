@@ -21,15 +21,15 @@ def check_budget(memory_budget: int | float | None) -> None:
         raise TypeError(f"memory_budget is a {type(memory_budget).__name__}: expected bytes, or a share in (0, 1]")
     if not 0 <= memory_budget < math.inf:
         raise ValueError(f"memory_budget={memory_budget} must not be negative: expected bytes, or a share in (0, 1]")
-    if isinstance(memory_budget, int) and 0 < memory_budget < 1024:
-        raise ValueError(
-            f"memory_budget={memory_budget} is fewer than 1,024 bytes. Fix: a float for a share of the free memory, as "
-            "in 1.0; 2 * 1024**3 for 2 GiB"
-        )
     if isinstance(memory_budget, float) and memory_budget > 1 and not memory_budget.is_integer():
         raise ValueError(
             f"memory_budget={memory_budget} is neither a whole number of bytes nor a share in (0, 1]. Fix: 2 * 1024**3 "
             "for 2 GiB, 0.25 for a quarter of the free memory"
+        )
+    if (isinstance(memory_budget, int) or memory_budget > 1) and 0 < memory_budget < 1024:
+        raise ValueError(
+            f"memory_budget={memory_budget} is fewer than 1,024 bytes. Fix: a float for a share of the free memory, as "
+            "in 1.0; 2 * 1024**3 for 2 GiB"
         )
 
 

@@ -77,11 +77,11 @@ class Counted:
         rows = counted.nonzero().squeeze(1)
         return cls() if len(rows) == len(counted) else cls(rows=rows)
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of ``tensor [T, ...]`` that count, or all of them with 0 in the others."""
+    def gather(self, tensor: Tensor, fill: float = 0) -> Tensor:
+        """The rows of ``tensor [T, ...]`` that count, or all of them with ``fill`` in the others."""
         if self.rows is not None:
             return tensor.index_select(0, self.rows)
-        return tensor if self.mask is None else torch.where(self._mask_like(tensor), tensor, 0)
+        return tensor if self.mask is None else torch.where(self._mask_like(tensor), tensor, fill)
 
     def scatter(self, values: Tensor, total: int, fill: float = 0) -> Tensor:
         """Results of what :meth:`gather` gave, as a tensor of ``total`` rows with ``fill`` in those that do not

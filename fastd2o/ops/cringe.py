@@ -228,6 +228,7 @@ def _cringe_backward_op(
             counted.gather(target),
             counted.gather(positive),
             engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
+            hidden_dtype=hidden.dtype,
             detach_positive=detach_positive,
             wait=may_wait(compact, hidden),
             need_hidden=need_hidden,

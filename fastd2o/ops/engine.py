@@ -388,7 +388,7 @@ def logodds_backward(
         dweight_ND = sums_ND[: len(slab.weight_ND)]
         if in_place and dweight_VD is not None:
             dweight_ND = dweight_VD[slab.start : slab.start + len(slab.weight_ND)]
-        dbias_N = hidden_TD.new_zeros(len(slab.weight_ND), dtype=tiling.sum_dtype)
+        dbias_N = hidden_TD.new_zeros(0 if dbias_V is None else len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
             block_TD = hidden_TD[rows]
             grad_TN = tile.factors_TN(len(block_TD), len(slab.weight_ND))
@@ -469,7 +469,7 @@ def grouped(
             live.gather(hidden_TD[part]),
             head,
             live.gather(target_T[part]),
-            live.gather(forward.lse_others),
+            live.gather(forward.lse_others, fill=torch.inf),  # a softmax of 0, whatever the logits
             tiling,
             need_hidden=need_hidden,
             into=into,
@@ -529,6 +529,7 @@ def cringe_backward(
     positive_T: Tensor,
     tiling: Tiling,
     *,
+    hidden_dtype: torch.dtype,
     detach_positive: bool,
     wait: bool,
     need_hidden: bool,
@@ -537,7 +538,9 @@ def cringe_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``sum_t coef_t (z_t[target_t] - z_t[positive_t])``: two rows of the weight per token, O(T·D).
 
-    ``wait``: whether the host may wait for the device, to learn which columns were touched.
+    Args:
+        hidden_dtype: of the gradient of hidden, which is rounded once.
+        wait: whether the host may wait for the device, to learn which columns were touched.
     """
     if tiling.fused:
         return tiling.fused_ops(head).cringe_grad(
@@ -556,7 +559,7 @@ def cringe_backward(
     signs = ((target_T, 1.0),) if detach_positive else ((target_T, 1.0), (positive_T, -1.0))
     columns = [column_T for column_T, _ in signs]
     coefs = [torch.empty_like(coef_T).unsqueeze(1) for _ in signs]
-    dhidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
+    dhidden_TD = hidden_TD.new_empty(hidden_TD.shape, dtype=hidden_dtype) if need_hidden else None
     # Two gathered rows of the weight for each of some tokens, in the dtype of sums.
     step = max(1, GATHER_BYTES // (2 * hidden_TD.shape[1] * tiling.sum_dtype.itemsize))
     for rows in _blocks(len(target_T), step):

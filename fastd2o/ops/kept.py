@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fastd2o.ops.pages import in_huge_pages
 from fastd2o.ops.tile_ops import TileOps
+from fastd2o.ops.torch_tile_ops import band_elements
 
 # Columns are dropped in so many steps of equal size. The sums of a step over its columns are a product with B columns.
 _BINS = 64
-# Rows are gathered so many at a time where columns are to be gathered from them.
+# Rows are gathered so many at a time, at least, where columns are to be gathered from them.
 _BAND_ROWS = 64
 
 
@@ -76,8 +77,9 @@ class Kept:
         rows = self.rows[block]
         if columns is None:
             return torch.index_select(slab_TN, 0, rows, out=out_TN)
-        for start_row in range(0, len(rows), _BAND_ROWS):
-            band = slice(start_row, start_row + _BAND_ROWS)
+        step = max(_BAND_ROWS, band_elements(slab_TN.device.type) // slab_TN.shape[1])
+        for start_row in range(0, len(rows), step):
+            band = slice(start_row, start_row + step)
             torch.index_select(slab_TN.index_select(0, rows[band]), 1, columns, out=out_TN[band])
         return out_TN
 

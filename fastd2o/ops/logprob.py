@@ -226,6 +226,8 @@ def linear_logodds(
         chosen.fused,
         chosen.kept_bytes,
         chosen.compact,
+        # A size that only a run knows would break a compiled graph.
+        chosen.compact and not torch.compiler.is_compiling(),
         stats,
     )
     outputs = [x.view(target.shape) for x in ((logodds, entropy, top1, mean_logit) if stats else (logodds,))]
@@ -302,11 +304,12 @@ def _logodds_op(
     fused: bool,
     kept_bytes: int,
     compact: bool,
+    compact_unit: bool,
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-odds, logsumexp of the others, unit gradient, entropy, top-1, mean logit, and the two tensors of
-    :class:`~fastd2o.ops.kept.Kept`; what was not asked for is empty. The unit gradient, which is as large as hidden in
-    float32, and what is kept are of the tokens that count alone, if ``compact``."""
+    :class:`~fastd2o.ops.kept.Kept`; what was not asked for is empty. What is kept is of the tokens that count alone,
+    if ``compact``; so is the unit gradient, as large as hidden in float32, if ``compact_unit``."""
     head = engine.Head(weight, bias, LogitTransform(logit_scale, softcap, temperature))
     tiling = engine.Tiling(block_tokens, block_vocab, dtype, backend, fused, kept_bytes)
     counted = Counted.of_targets(target, weight.shape[0], ignore_index, compact)
@@ -324,11 +327,14 @@ def _logodds_op(
     def scattered(values: Tensor | None) -> Tensor:
         return hidden.new_empty(0, dtype=tiling.sum_dtype) if values is None else counted.scatter(values, len(target))
 
+    unit = result.unit_TD
+    if unit is None or counted.rows is None or not compact_unit:
+        unit = scattered(unit)
     entropy, top1, mean_logit = result.statistics or (None, None, None)
     return (
         scattered(result.logodds),
         scattered(result.lse_others),
-        result.unit_TD if counted.rows is not None and result.unit_TD is not None else scattered(result.unit_TD),
+        unit,
         scattered(entropy),
         hidden.new_empty(0, dtype=torch.int64) if top1 is None else scattered(top1),
         scattered(mean_logit),
@@ -339,7 +345,7 @@ def _logodds_op(
 
 @_logodds_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, algorithm, _, _, dtype, _, _, kept_bytes, compact, stats = options
+    *_, algorithm, _, _, dtype, _, _, kept_bytes, _, compact_unit, stats = options
     sums = torch.float64 if dtype == torch.float64 else torch.float32
 
     def column(wanted: bool = True, kind: torch.dtype = sums) -> Tensor:
@@ -350,7 +356,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *opti
     unit, kept, kept_max = (hidden.new_empty(0, dtype=kind) for kind in (sums, dtype, sums))
     if algorithm == "unit":
         tokens: int | torch.SymInt = hidden.shape[0]
-        if compact:
+        if compact_unit:
             # Without symbolic shapes: as if all of them did.
             with contextlib.suppress(DynamicOutputShapeException):
                 tokens = size()
@@ -395,7 +401,7 @@ def _logodds_backward_op(
             counted.gather(hidden).to(dtype),
             head,
             counted.gather(target),
-            counted.gather(lse_others),
+            counted.gather(lse_others, fill=torch.inf),
             engine.Tiling(block_tokens, block_vocab, dtype, backend, fused),
             need_hidden=need_hidden,
             into=into,
@@ -446,9 +452,11 @@ def empty_gradients(
 
 @torch.library.custom_op("fastd2o::unit_backward", mutates_args=())
 def _unit_backward_op(coef: Tensor, unit: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
-    """``coef * unit`` in hidden's dtype, rounded once, with no second tensor of the size and dtype of ``unit``. That is
-    of all tokens, or of those that are ``counted``."""
-    tokens = Counted() if len(unit) == len(coef) else Counted(rows=counted.nonzero().squeeze(1))
+    """``coef * unit`` in hidden's dtype, rounded once, without a product in the dtype of ``unit``. That is of all
+    tokens, or of those that are ``counted``; its length tells how many, so that nobody waits to count them."""
+    tokens = Counted()
+    if len(unit) != len(coef):
+        tokens = Counted(rows=torch.nonzero_static(counted, size=len(unit)).squeeze(1))
     dhidden = unit.new_empty(unit.shape, dtype=dtype)
     scale_rows(unit, tokens.gather(coef).unsqueeze(1), dhidden)
     return tokens.scatter(dhidden, len(coef))
@@ -460,12 +468,12 @@ def _(coef: Tensor, unit: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-8]
+    hidden, weight, bias, target, *scalars, ignore_index, algorithm = inputs[:-9]
     _, lse_others, unit, *_, kept, kept_max = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.algorithm, ctx.ignore_index, ctx.hidden_dtype = algorithm, ignore_index, hidden.dtype
-    block_tokens, block_vocab, dtype, backend, fused, _, compact, _ = inputs[-8:]
+    block_tokens, block_vocab, dtype, backend, fused, _, compact, _, _ = inputs[-9:]
     ctx.options = (*scalars, ignore_index, block_tokens, block_vocab, dtype, backend, fused, compact)
     # With a frozen head the unit gradient replaces hidden: neither it nor the weight is needed again.
     if algorithm == "unit":
@@ -485,7 +493,7 @@ def check_differentiated_once() -> None:
 
 def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     check_differentiated_once()
-    no_gradient = (None,) * 13
+    no_gradient = (None,) * 14
     if grad_logodds is None:
         return (None, None, None, None, *no_gradient)
     target, *saved = ctx.saved_tensors

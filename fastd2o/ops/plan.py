@@ -104,8 +104,17 @@ class Plan:
                 raise ValueError(f"plan.{name}={getattr(self, name)} must be at least 1")
         if self.kept_bytes < 0:
             raise ValueError(f"plan.kept_bytes={self.kept_bytes} must not be negative")
+        if self.kept_bytes > 0 and self.algorithm not in ("recompute", "grouped"):
+            raise ValueError(
+                f"plan.kept_bytes={self.kept_bytes}, but {self.algorithm!r} has nothing to keep. Fix: kept_bytes=0"
+            )
         if self.part_tokens is not None and self.part_tokens < 1:
             raise ValueError(f"plan.part_tokens={self.part_tokens} must be at least 1, or None for one part")
+        if self.part_tokens is not None and self.algorithm != "grouped":
+            raise ValueError(
+                f"plan.part_tokens={self.part_tokens}, but only 'grouped' works in parts, not {self.algorithm!r}. Fix: "
+                "part_tokens=None"
+            )
         if self.fused and not fuses(self.backend, self.algorithm):
             raise ValueError(
                 f"plan.fused=True, but backend {self.backend!r} has no fused kernel for {self.algorithm!r}. Fix: "

@@ -544,7 +544,7 @@ class _HeadCall:
             unit_CD = self._sums(hidden_TD)
             _work(plan, counted_CD, unit_CD)
             del counted_CD
-            return [self._scattered(unit_CD)]
+            return [unit_CD]
         kept = counted_CD.new_empty(plan.kept_columns * plan.tokens)
         _work(replace(plan, algorithm="forward", kept_bytes=0), counted_CD)
         return [kept]
@@ -559,9 +559,9 @@ class _HeadCall:
             assert dhidden_CD is not None
             return self._scattered(dhidden_CD.to(dtype)), dweight_VD, dbias_V
         if self.plan.algorithm == "unit":
-            unit_TD = kept[0]
-            assert unit_TD is not None
-            return torch.empty_like(unit_TD).to(dtype), None, None
+            unit_CD = kept[0]
+            assert unit_CD is not None
+            return self._scattered(torch.empty_like(unit_CD, dtype=dtype)), None, None
         hidden_TD, weight_VD, bias_V = inputs
         assert hidden_TD is not None
         counted_CD, dhidden_CD = self._counted(hidden_TD), self._sums(hidden_TD)

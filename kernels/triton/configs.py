@@ -101,9 +101,6 @@ RAGGED: dict[str, dict[int, ProductConfig]] = {
     "cringe_wide": {16: ProductConfig(64, 64, 32, 8, 2), 32: _FLOAT32_CANDIDATES},
 }
 
-# Bytes of shared memory that a block may have.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
 
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
     """Why these kernels cannot serve calls, or None where they can.

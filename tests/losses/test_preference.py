@@ -407,8 +407,9 @@ class TestOracle:
         case = case.to(dtype)
         plan = tiles(case, way, backend=backend, block=block, part_tokens=part_tokens)
         # Sums of tens of nats are known to 1e-6 of them, and terms of a coefficient may cancel: neither is relative to
-        # what is left.
-        check(case, objective, options, TOLERANCE[dtype], floor=0.1, plan=plan, reduction=reduction)
+        # what is left. A square passes such an error on twice, a sigmoid a hundredth of it.
+        floor = 1.0 if objective in ("ipo", "sppo_hard") else 0.1
+        check(case, objective, options, TOLERANCE[dtype], floor=floor, plan=plan, reduction=reduction)
 
     @pytest.mark.parametrize(("objective", "options"), OPTIONS, ids=str)
     @every_backend
@@ -1571,6 +1572,8 @@ class TestBadInput:
         bad: tuple[tuple[dict[str, Any], str], ...] = (
             ({"kept_bytes": -1}, "plan.kept_bytes=-1 must not be negative"),
             ({"part_tokens": 0}, "plan.part_tokens=0 must be at least 1, or None"),
+            ({"algorithm": "unit", "kept_bytes": 9}, "plan.kept_bytes=9, but 'unit' has nothing to keep. Fix: kept_b"),
+            ({"algorithm": "recompute", "part_tokens": 9}, "plan.part_tokens=9, but only 'grouped' works in parts"),
         )
         for changes, message in bad:
             with pytest.raises(ValueError, match=message):

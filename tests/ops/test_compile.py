@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastd2o
@@ -21,16 +23,18 @@ def tensors(trained: bool, bias: bool = True) -> tuple[Tensor, Tensor, Tensor | 
     return hidden, weight, torch.randn(50, generator=generator).requires_grad_(trained) if bias else None, target
 
 
-@pytest.mark.parametrize("algorithm", ["recompute", "unit", "forward"])
+@pytest.mark.parametrize(
+    ("algorithm", "compact_unit"), [("recompute", False), ("unit", True), ("unit", False), ("forward", False)]
+)
 @pytest.mark.parametrize("options", [(1.0, None, 1.0), (0.5, 30.0, 2.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_logodds(dtype: torch.dtype, algorithm: str, options: tuple[Any, ...]) -> None:
+def test_opcheck_logodds(dtype: torch.dtype, algorithm: str, compact_unit: bool, options: tuple[Any, ...]) -> None:
     inputs = tensors(trained=algorithm == "recompute")
     if algorithm == "forward":
         inputs = tuple(t if t is None else t.detach() for t in inputs)  # type: ignore[assignment]
     operator = torch.ops.fastd2o.logodds
     results = torch.library.opcheck(
-        operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", False, 0, True, True)
+        operator, (*inputs, *options, -100, algorithm, 4, 16, dtype, "torch", False, 0, True, compact_unit, True)
     )
     assert set(results.values()) == {"SUCCESS"}
 
@@ -114,6 +118,42 @@ def test_a_step_compiles_without_a_graph_break(frozen: bool, autocast: bool) -> 
     compiled_loss, compiled_gradients = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(compiled_loss, loss)
     torch.testing.assert_close(compiled_gradients, gradients)
+
+
+class Checker(torch.fx.Interpreter):
+    """Runs a graph, and finds that every tensor has the shape that was foretold."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result: Any = super().run_node(n)
+        foretold: Any = n.meta.get("val")
+        several = isinstance(foretold, (tuple, list))
+        for tensor, fake in zip(result, foretold, strict=True) if several else [(result, foretold)]:
+            if isinstance(tensor, Tensor) and isinstance(fake, Tensor):
+                assert (tensor.shape, tensor.dtype) == (fake.shape, fake.dtype), n.name
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_compiler_is_told_of_shapes_is_so(frozen: bool) -> None:
+    """Without ``fullgraph`` a graph cannot hold sizes that only a run knows, such as how many tokens count. Inductor
+    asserts what it was told."""
+    hidden, weight, _, target = tensors(trained=not frozen, bias=False)
+    leaves = [hidden] if frozen else [hidden, weight]
+    graphs = 0
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return make_boxed_func(lambda *arguments: Checker(graph).run(*arguments))
+
+    def call(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return fastd2o.linear_logprob(hidden * 2, weight, target).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=compiler))
+    results = [torch.autograd.grad(each(hidden, weight, target), leaves) for each in (compiled, call)]
+    torch.testing.assert_close(*results)
+    assert graphs == 2  # of the forward and of the backward
 
 
 def test_numbers_may_change_under_one_compiled_graph() -> None:

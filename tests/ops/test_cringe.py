@@ -293,3 +293,14 @@ def test_topk_by_blocks_finds_the_same_values(columns: int, k: int) -> None:
     assert torch.equal(values, z.topk(k, 1).values)
     assert torch.equal(z.gather(1, index), values)
     assert all(len(row.unique()) == k for row in index)
+
+
+@pytest.mark.parametrize("need", ["hidden", "both"])
+def test_under_autocast_a_gradient_is_not_rounded_to_16_bits(need: str) -> None:
+    """Hidden states in float32 get theirs from sums in float32, though the products are in bfloat16."""
+    case = make_case(12, 32, 61, torch.float32)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(need == "both")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastd2o.linear_cringe(hidden, weight, case.target, seed=0).loss.sum()
+    (gradient, *_) = torch.autograd.grad(loss, [leaf for leaf in (hidden, weight) if leaf.requires_grad])
+    assert not torch.equal(gradient, gradient.bfloat16().float())

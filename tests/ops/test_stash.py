@@ -144,6 +144,21 @@ class TestTheSame:
         agree(result, right, dtype)
         assert torch.equal(result[1]["hidden"][[0, 3, 4, 9]], torch.zeros(4, HIDDEN, dtype=dtype))
 
+    @pytest.mark.parametrize("compact", [True, False])
+    @every_backend
+    def test_a_coefficient_of_zero_beside_logits_that_overflow(self, backend: str, compact: bool):
+        """What such a token keeps is relative to a maximum whose exponential is infinite; 0 times that is no number."""
+        case = make_case(TOKENS, HIDDEN, VOCAB, torch.float32, ignored=0.4, scale=40.0)
+        coef = case.coef.clone()
+        coef[[0, 3, 4, 9]] = 0
+        leaves = tensors(case)
+        plan = Plan.of(*leaves.values(), backend=backend, memory_budget=bytes_for(case, 1.0, backend))
+        assert plan.kept_columns == VOCAB
+        _, gradients = run(case, coef, plan=dataclasses.replace(plan, compact=compact))
+        _, formed_again = run(case, coef, backend=backend)
+        for name, gradient in gradients.items():  # logits of hundreds are known to 1e-5
+            assert relative_error(gradient, formed_again[name].double()) <= 1e-4, name
+
     @pytest.mark.parametrize("share", [0.3, 1.0])
     @every_dtype
     def test_sixteen_bits_are_as_accurate_as_their_roundings(self, backend: str, dtype: torch.dtype, share: float):
@@ -372,7 +387,7 @@ class TestPlan:
             (1.0, 10**9),
             (0.25, 25 * 10**7),
             (0.0, 0),
-            (2.0, 2),
+            (2048.0, 2048),
             (3e9, 3 * 10**9),
             (10**15, 10**15),
         ]
@@ -565,7 +580,7 @@ class TestCompiled:
         weight = torch.randn(50, 8, generator=generator).requires_grad_()
         target = torch.randint(50, (9,), generator=generator)
         target[2] = -100
-        options = (1.0, None, 1.0, -100, "recompute", 4, 16, dtype, "torch", False, kept_bytes, True, False)
+        options = (1.0, None, 1.0, -100, "recompute", 4, 16, dtype, "torch", False, kept_bytes, True, False, False)
         results = torch.library.opcheck(torch.ops.fastd2o.logodds, (hidden, weight, None, target, *options))
         assert set(results.values()) == {"SUCCESS"}
 
@@ -608,6 +623,7 @@ class TestBadInput:
             (float("nan"), ValueError, "memory_budget=nan"),
             (float("inf"), ValueError, "memory_budget=inf"),
             (1.5, ValueError, r"memory_budget=1.5 is neither a whole number of bytes nor a share .* Fix: 2 \* 1024"),
+            (2.0, ValueError, r"memory_budget=2.0 is fewer than 1,024 bytes. Fix: a float for a share .* 2 \* 1024"),
         ],
     )
     @pytest.mark.parametrize("trained", [True, False])

@@ -51,6 +51,7 @@ class Call:
             self.target,
             self.positive,
             engine.Tiling(4, 8, torch.float64, "torch"),
+            hidden_dtype=torch.float64,
             wait=True,
             **options,
         )
