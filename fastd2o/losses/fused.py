@@ -17,9 +17,9 @@ from fastd2o.losses import checks
 from fastd2o.losses.cringe import pairwise_cringe_loss
 from fastd2o.losses.d2o import d2o_loss
 from fastd2o.losses.dpo import dpo_loss
+from fastd2o.ops.autograd import check_differentiated_once
 from fastd2o.ops.backends import resolve
 from fastd2o.ops.checks import check_not_forward_mode
-from fastd2o.ops.logprob import check_differentiated_once
 
 Options = Mapping[str, Any]
 

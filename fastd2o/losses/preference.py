@@ -24,8 +24,9 @@ from fastd2o.losses.fused import (
     segment_owner,
     sum_segments,
 )
+from fastd2o.ops.autograd import without_autocast
 from fastd2o.ops.grouped import Part, linear_grouped
-from fastd2o.ops.logprob import HeadOptions, LogprobOptions, without_autocast
+from fastd2o.ops.logprob import HeadOptions, LogprobOptions
 from fastd2o.ops.plan import Plan
 
 if TYPE_CHECKING:

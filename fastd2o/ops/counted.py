@@ -67,7 +67,8 @@ class Counted:
         number = check_targets(target_T, vocab_size, ignore_index)
         if not compact:
             return cls(mask=counted)
-        return cls() if number == len(target_T) else cls(rows=counted.nonzero().squeeze(1))
+        # The number is known by now: no second wait to find them.
+        return cls() if number == len(target_T) else cls(rows=torch.nonzero_static(counted, size=number).squeeze(1))
 
     @classmethod
     def where(cls, counted: Tensor, compact: bool) -> Counted:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastd2o.ops import engine
+from fastd2o.ops.autograd import check_differentiated_once, empty_gradients, pack_gradients, without_autocast
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
@@ -19,12 +20,6 @@ from fastd2o.ops.checks import (
     choose_plan,
 )
 from fastd2o.ops.counted import Counted, may_wait
-from fastd2o.ops.logprob import (
-    check_differentiated_once,
-    empty_gradients,
-    pack_gradients,
-    without_autocast,
-)
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 

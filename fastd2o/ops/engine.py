@@ -149,8 +149,8 @@ class GroupedResult(NamedTuple):
 
 
 class CringeResult(NamedTuple):
-    """Per token, all ``[T]``: the drawn positive column (-1 where there is none) and the logits of the negative and of
-    it."""
+    """Per token, all ``[T]``: the drawn positive column (-1 where there is none), the logits of the negative and of it,
+    and the log-odds of the negative."""
 
     positive: Tensor
     negative_logit: Tensor
@@ -371,12 +371,11 @@ def logodds_backward(
     if kept is not None and mass_tol_T1 is not None:
         blocks = list(_blocks(tokens, tiling.block_tokens))
         active = active_columns(kept, lse_others_T1, target_T, mass_tol_T1, blocks, tile.factors_TN, ops)
-    # A gradient that has the dtype of sums and is written once is where they are summed.
-    in_place = (
-        not into.accumulate and unscale is None and dweight_VD is not None and dweight_VD.dtype == tiling.sum_dtype
-    )
+    # A gradient that has the dtype of sums is where they are summed.
+    in_place = unscale is None and dweight_VD is not None and dweight_VD.dtype == tiling.sum_dtype
     sums_ND = hidden_TD.new_empty(
-        (0 if in_place else min(tiling.block_vocab, head.vocab_size), hidden_size), dtype=tiling.sum_dtype
+        (0 if in_place and active is None else min(tiling.block_vocab, head.vocab_size), hidden_size),
+        dtype=tiling.sum_dtype,
     )
     for slab in _slabs(head, tiling):
         is_kept = kept is not None and slab.start < kept.columns
@@ -385,8 +384,9 @@ def logodds_backward(
             if len(columns) == 0:
                 continue
             slab = slab.select(columns)
+        direct = in_place and columns is None
         dweight_ND = sums_ND[: len(slab.weight_ND)]
-        if in_place and dweight_VD is not None:
+        if direct and dweight_VD is not None:
             dweight_ND = dweight_VD[slab.start : slab.start + len(slab.weight_ND)]
         dbias_N = hidden_TD.new_zeros(0 if dbias_V is None else len(slab.weight_ND), dtype=tiling.sum_dtype)
         for rows in _blocks(tokens, tiling.block_tokens):
@@ -408,10 +408,11 @@ def logodds_backward(
                 continue
             _set_target_(grad_TN, target_T[rows], slab.start, target_coef_T1[rows], columns)
             if dweight_VD is not None:
-                ops.product(dweight_ND, grad_TN.t(), block_TD, accumulate=rows.start > 0)
+                added = rows.start > 0 or (direct and into.accumulate)
+                ops.product(dweight_ND, grad_TN.t(), block_TD, accumulate=added)
             if dbias_V is not None:
                 dbias_N += grad_TN.sum(0, dtype=tiling.sum_dtype)
-        if dweight_VD is not None and not in_place:
+        if dweight_VD is not None and not direct:
             into.put(dweight_VD, slab.start, columns, dweight_ND if unscale is None else dweight_ND.mul_(unscale))
         if dbias_V is not None:
             into.put(dbias_V, slab.start, columns, dbias_N if unscale is None else dbias_N.mul_(unscale))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastd2o.ops import engine
+from fastd2o.ops.autograd import check_differentiated_once, without_autocast
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
@@ -27,7 +28,7 @@ from fastd2o.ops.checks import (
     choose_plan,
 )
 from fastd2o.ops.counted import check_targets
-from fastd2o.ops.logprob import check_differentiated_once, linear_logodds, without_autocast
+from fastd2o.ops.logprob import linear_logodds
 from fastd2o.ops.plan import Plan
 from fastd2o.ops.tile_ops import LogitTransform
 
@@ -215,7 +216,7 @@ class Layout:
             ValueError: a target or a sequence that counts is out of range.
         """
         tokens = check_targets(target_T, vocab_size, ignore_index)
-        positions_C = (target_T != ignore_index).nonzero().squeeze(1)
+        positions_C = torch.nonzero_static(target_T != ignore_index, size=tokens).squeeze(1)
         sequence_C = sequence_T[positions_C]
         # One wait for the device more: how long the sequences are.
         outside_C = (sequence_C < 0) | (sequence_C >= len(group))
@@ -275,19 +276,26 @@ class Layout:
         """What is known of a part before its forward."""
         first, last = (sum(self.sizes[:group]) for group in (groups.start, groups.stop))
         positions = torch.arange(self.total, device=self.device) if self.positions is None else self.positions
+        order_S, group_start, sequence_start, _ = self.tensors
         return Part(
             groups=groups,
-            sequences=self._tensor(self.order[first:last]),
-            group_start=self._tensor([0, *itertools.accumulate(self.sizes[groups.start : groups.stop])]),
-            sequence_start=self._tensor([0, *itertools.accumulate(self.lengths[first:last])]),
+            sequences=order_S[first:last],
+            group_start=group_start[groups.start : groups.stop + 1] - first,
+            sequence_start=sequence_start[first : last + 1] - tokens.start,
             tokens=positions[tokens],
             logodds=torch.empty(0),
             extra=(),
             statistics=None,
         )
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """``order``, where in it each group begins, where in C each sequence begins, and ``tokens_of_groups``; int64,
+        by one copy to the device."""
+        starts = ([0, *itertools.accumulate(numbers)] for numbers in (self.sizes, self.lengths))
+        lists = [self.order, *starts, self.tokens_of_groups]
+        packed = torch.tensor(list(itertools.chain(*lists)), dtype=torch.int64, device=self.device)
+        return packed.split([len(numbers) for numbers in lists])
 
 
 @dataclass(frozen=True)
@@ -339,7 +347,8 @@ class _Skipping:
     def __call__(self, groups: range, coef_N: Tensor, hidden_ND: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """Coefficients of the tokens of these groups, times ``scale``, with 0 for those of a group that is skipped."""
         some = slice(groups.start, groups.stop)
-        count_G = torch.tensor(self.layout.tokens_of_groups[some], dtype=torch.int64, device=coef_N.device)
+        *_, count_of_all = self.layout.tensors
+        count_G = count_of_all[some]
         largest_G = torch.segment_reduce(coef_N.abs(), "max", lengths=count_G, initial=0.0, unsafe=True)
         if self.tolerance_G is None:
             self.skipped_G[some] = largest_G == 0

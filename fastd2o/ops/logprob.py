@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from fastd2o.ops import engine
+from fastd2o.ops.autograd import check_differentiated_once, empty_gradients, pack_gradients, without_autocast
 from fastd2o.ops.checks import (
     check_head,
     check_integer,
@@ -253,7 +254,7 @@ def sequence_logprob(
         reduction: "sum", or "mean" over the tokens that count.
         shift: the hidden state at t predicts ``labels[:, t + 1]``; False when labels are already aligned with hidden.
         ignore_index: as in :func:`linear_logprob`.
-        **options: ``bias, logit_scale, softcap, temperature, backend, plan`` of :func:`linear_logprob`.
+        **options: ``bias, logit_scale, softcap, temperature, backend, plan, memory_budget`` of :func:`linear_logprob`.
 
     Returns:
         float32 ``[B]`` (float64 when the products are). A sequence with no token that counts gets 0.0: whether an empty
@@ -279,11 +280,6 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     target = torch.full_like(labels, ignore_index)
     target[:, :-1] = labels[:, 1:]
     return target
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """The engine has chosen its dtypes; an autocast that is on around it must not choose again."""
-    return torch.autocast(device.type, enabled=False)
 
 
 @torch.library.custom_op("fastd2o::logodds", mutates_args=())
@@ -425,29 +421,9 @@ def _kept_for(
     return kept.of(counted.gather(place))
 
 
-def pack_gradients(
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None], hidden: Tensor, counted: Counted
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward operator returns: hidden's gradient spread over all rows, and an empty tensor for each None (an
-    operator has no way to return None)."""
-    dhidden, dweight, dbias = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    if gradients[0] is not None:
-        dhidden = counted.scatter(dhidden.to(hidden.dtype), hidden.shape[0])
-    return dhidden, dweight, dbias
-
-
 @_logodds_backward_op.register_fake
 def _(coef: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     return empty_gradients(hidden, weight, bias, options[-3:])
-
-
-def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised gradients of what needs one, and empty tensors for the rest: what a fake backward returns."""
-    tensors = (hidden, weight, hidden if bias is None else bias)
-    grads = [t.new_empty(t.shape) if needed else hidden.new_empty(0) for t, needed in zip(tensors, need, strict=True)]
-    return grads[0], grads[1], grads[2]
 
 
 @torch.library.custom_op("fastd2o::unit_backward", mutates_args=())
@@ -480,15 +456,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(target, unit)
     else:
         ctx.save_for_backward(target, hidden, weight, bias, lse_others, kept, kept_max)
-
-
-def check_differentiated_once() -> None:
-    """Inside a backward, gradients are recorded only when a second derivative is wanted: refuse instead of leaving
-    terms out."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "fastd2o operators are differentiable once: there is no second derivative through them (create_graph=True)"
-        )
 
 
 def _backward(ctx: Any, grad_logodds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
