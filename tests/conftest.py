@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):  # the GPU tests do without it
     settings.load_profile("fastd2o")
 
 
-_TRACED_CASES = 2
+_TRACED_CASES = 20
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
