@@ -270,7 +270,7 @@ def _check_values(
         ("group_start", group_start, len(positive), "sequences"),
     )
     for name, start, end, items in ends:
-        if start[0] != 0 or start[-1] != end or (start.diff() < 0).any():
+        if not _rises(start, end):
             raise ValueError(
                 f"{name} is {_shortened(start)}, expected offsets that rise from 0 to {end}, the number of {items}. "
                 f"Fix: begin with 0, then the cumulative sum of the counts of {items}."
